@@ -1,0 +1,112 @@
+"""One program under python, torchrun and SLURM: who am I, on which device, and the few collectives that are needed."""
+
+import os
+import re
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dino_sd.errors import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def adopt_slurm() -> None:
+    """Says torchrun's variables where only SLURM's are there (`srun` with one task a device)."""
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")  # "8" or "8(x2)"
+    env["LOCAL_WORLD_SIZE"] = re.split(r"\D", per_node)[0]
+    env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", "127.0.0.1")))
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def first_host(nodes: str) -> str:
+    """`gpu[07-09,12],cpu1` -> `gpu07`: the first host of SLURM's short form of a list."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM_NODELIST: cannot read a host name from {nodes!r}; set MASTER_ADDR yourself")
+    return match[1] + (match[2] or "")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, then MPS, then the CPU. Under torchrun each local rank takes its own GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; use device=auto or device=cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: torch sees no MPS device here; use device=auto or device=cpu")
+    if name != "cuda":
+        return torch.device(name)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {rank()} is number {local} on this machine, which has {torch.cuda.device_count()} CUDA device(s); "
+            f"start at most that many processes on it (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def setup(device_name: str = "auto", timeout_s: float = 600) -> torch.device:
+    """Joins the process group when there is more than one rank; returns this rank's device."""
+    device = pick_device(device_name)
+    if world_size() > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_mean_(tensor: Tensor) -> Tensor:
+    """In place; the mean over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """(N_rank, ...) of every rank -> (sum of N_rank, ...) on every rank, in the order of ranks."""
+    if not dist.is_initialized():
+        return tensor
+    rows = torch.tensor([len(tensor)], device=tensor.device)
+    counts = [torch.zeros_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, rows)
+    longest = int(max(int(count) for count in counts))
+    padded = torch.zeros(longest, *tensor.shape[1:], dtype=tensor.dtype, device=tensor.device)
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
