@@ -1,0 +1,3 @@
+from dino_sd.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""The commands. Each unpacks its arguments, calls one function, and knows nothing more."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dino_sd.distributed import adopt_slurm, is_main, shutdown
+from dino_sd.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Self-distillation for vision: pretrain backbones on your own images, judge them, take them elsewhere.",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench_app, name="bench")
+
+PAIRS = typer.Argument(metavar="[KEY=VALUE]...", help="settings over those of the file, such as optim.lr=1e-3")
+DATA = (
+    "DATA is a folder of images (class folders, or any other order without labels), fashion-mnist:train|test, or "
+    "fashion-mnist-mini:train|test (ships with the package)."
+)
+MODEL = (
+    "MODEL is a run folder, a checkpoint, an export folder, timm:NAME, or `pixels` for the raw images as a baseline."
+)
+
+
+def settings_table(rows: list[tuple[str, Any]], title: str) -> None:
+    """Every setting with its default and what it is."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("setting", "default", "what it is"):
+        table.add_column(column, overflow="fold")
+    for key, field in rows:
+        default = field.get_default(call_default_factory=True)
+        if hasattr(default, "model_dump"):
+            values = default.model_dump(exclude_defaults=False)
+            constant = values["start"] == values["end"]
+            default = values["start"] if constant else {k: values[k] for k in ("start", "end", "shape")}
+        shown = "(needed)" if field.is_required() else "null" if default is None else str(default)
+        table.add_row(key, shown, field.description or "")
+    Console(width=max(Console().width, 100), markup=False, emoji=False).print(table)
+
+
+def help_option(title: str, rows: Any) -> Any:
+    """A --help that adds the settings to typer's own text."""
+
+    def show(context: typer.Context, wanted: bool) -> None:
+        if wanted:
+            typer.echo(context.get_help())
+            settings_table(list(rows()), title)
+            raise typer.Exit
+
+    return typer.Option("--help", is_eager=True, callback=show, help="Show this text and every setting.")
+
+
+def train_settings() -> Any:
+    from dino_sd.build import term_settings
+    from dino_sd.config import Config, fields
+
+    return fields(Config, term_settings({"dino": {}}))
+
+
+def class_settings(name: str) -> Any:
+    from dino_sd import config
+
+    return config.fields(getattr(config, name), {})
+
+
+DURATIONS = (
+    "\nSettings of train. A duration is a share of the run (0.1) or epochs=N, steps=N, images=N. A value that moves "
+    "(default {start, end, shape}) also takes over and change, or a bare number as a constant."
+)
+TrainHelp = Annotated[bool, help_option(DURATIONS, train_settings)]
+
+
+@app.command(add_help_option=False, epilog=DATA)
+def train(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: TrainHelp = False) -> None:
+    """Train from a YAML file or the name of a recipe; goes on by itself where `out` holds an unfinished run."""
+    from dino_sd.build import load_config
+    from dino_sd.train import train as run
+
+    saved = run(load_config(config, pairs or []))
+    if is_main():
+        print(saved)
+
+
+@app.command(add_help_option=False, epilog=DATA)
+def plan(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: TrainHelp = False) -> None:
+    """Say what `train` would do and what it needs, and do none of it."""
+    from dino_sd.build import load_config
+    from dino_sd.plan import plan as show
+
+    show(load_config(config, pairs or []))
+
+
+@app.command(epilog="Settings are those of train; see `dino-sd train --help`.")
+def quickstart(pairs: Annotated[list[str] | None, PAIRS] = None) -> None:
+    """Pretrain, evaluate and export on the images that come with the package: a few minutes on a CPU."""
+    from dino_sd.quickstart import quickstart as run
+
+    run(pairs or [])
+
+
+@app.command(epilog=MODEL)
+def export(
+    model: str,
+    pairs: Annotated[list[str] | None, typer.Argument(metavar="out=DIR [KEY=VALUE]...")] = None,
+) -> None:
+    """Write the backbone for other tools: dino-sd export MODEL out=DIR [format=timm] [network=teacher|student]."""
+    from dino_sd.config import ExportSettings
+    from dino_sd.export import export as run
+
+    chosen = settings(ExportSettings, pairs)
+    run(model, chosen.out, chosen.format, chosen.network)
+
+
+JSON = typer.Option("--json", help="print one JSON object on stdout and nothing else there")
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def knn(
+    model: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    json: Annotated[bool, JSON] = False,
+    help: Annotated[bool, help_option("\nSettings of knn.", lambda: class_settings("KnnSettings"))] = False,
+) -> None:
+    """Weighted k-NN of a frozen backbone: dino-sd knn MODEL train=DATA test=DATA."""
+    from dino_sd.config import KnnSettings
+    from dino_sd.evaluate import evaluate_knn
+
+    evaluate_knn(model, settings(KnnSettings, pairs), json_only=json)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def linear(
+    model: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    json: Annotated[bool, JSON] = False,
+    help: Annotated[bool, help_option("\nSettings of linear.", lambda: class_settings("LinearSettings"))] = False,
+) -> None:
+    """Linear probe on a frozen backbone: dino-sd linear MODEL train=DATA test=DATA."""
+    from dino_sd.config import LinearSettings
+    from dino_sd.evaluate import evaluate_linear
+
+    evaluate_linear(model, settings(LinearSettings, pairs), json_only=json)
+
+
+@bench_app.command("step")
+def bench_step(
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    steps: Annotated[int, typer.Option(help="steps to time, after two for warming up")] = 5,
+    markdown: Annotated[Path | None, typer.Option(help="append the table to this file")] = None,
+) -> None:
+    """A training step of this code beside one written as the published code does it: images/s, peak memory, MFU."""
+    from dino_sd.bench import bench_step as run
+
+    run(pairs or [], steps, markdown)
+
+
+def settings(cls: Any, pairs: list[str] | None) -> Any:
+    from dino_sd.config import check_keys, parse, read_pairs
+
+    tree = read_pairs(pairs or [])
+    check_keys(tree, cls, "the command line", {})
+    return parse(cls, tree)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 bad input (one line), 130 interrupted by hand."""
+    adopt_slurm()
+    code = 0
+    try:
+        app(standalone_mode=True)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        if is_main():
+            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    shutdown()
+    sys.exit(code)

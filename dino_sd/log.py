@@ -1,0 +1,118 @@
+"""What a run says while it works: a progress line, metrics.jsonl, and Weights & Biases when asked."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (  # metric, its name on the progress line, format
+    ("loss", "loss", ".4f"),
+    ("dino/loss_share", "/lnK", ".3f"),
+    ("dino/teacher_entropy", "entropy", ".3f"),
+    ("dino/kl", "KL", ".3f"),
+    ("feature_spread", "spread", ".3f"),
+    ("knn", "k-NN", ".1f"),
+)
+
+
+def duration(seconds: float) -> str:
+    """4000 -> '1:06:40', 95 -> '1:35'."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Log:
+    """Rank 0 writes; every other rank has one that is silent.
+
+    Lines of metrics.jsonl after `start_step` are dropped: a run that goes on says each step once.
+    """
+
+    def __init__(self, run: Path, *, start_step: int, steps: int, active: bool, wandb: str, config: dict[str, Any]):
+        self.steps, self.active, self.start_step = steps, active, start_step
+        self.began = time.perf_counter()
+        self.latest: dict[str, float] = {}
+        self.wandb: Any = None
+        if not active:
+            return
+        self.path = run / "metrics.jsonl"
+        self._keep_until(start_step)
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
+        if wandb != "off":
+            self._start_wandb(run, wandb, config)
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _step_of(line, step + 1) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def _start_wandb(self, run: Path, mode: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+
+            self.wandb = wandb.init(
+                project="dino_sd",
+                name=run.name,
+                dir=run,
+                mode=mode,  # pyright: ignore[reportArgumentType]
+                config=config,
+                resume="allow",  # pyright: ignore
+                settings=wandb.Settings(init_timeout=30),
+            )
+        except Exception as error:  # a tracker that fails must not cost the run
+            self._without_wandb(error)
+
+    def _without_wandb(self, error: Exception) -> None:
+        print(f"warning: wandb failed, going on without it: {error}", file=sys.stderr, flush=True)
+        self.wandb = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl; `step` is the number of steps done."""
+        self.latest.update(values)
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.wandb is not None:
+            try:
+                self.wandb.log(values, step=step)
+            except Exception as error:
+                self._without_wandb(error)
+
+    def progress(self, step: int) -> None:
+        """One line on stderr, over itself on a terminal."""
+        if not self.active:
+            return
+        done = max(step - self.start_step, 1)
+        eta = (time.perf_counter() - self.began) / done * (self.steps - step)
+        parts = [f"step {step}/{self.steps}", f"ETA {duration(eta)}"]
+        if "images_per_s" in self.latest:
+            parts += [f"{self.latest['images_per_s']:.0f} images/s", f"data wait {self.latest['data_wait']:.0%}"]
+        parts += [f"{name} {self.latest[key]:{spec}}" for key, name, spec in COLUMNS if key in self.latest]
+        line = "  ".join(parts)
+        terminal = sys.stderr.isatty()
+        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        self.file.close()
+        if self.wandb is not None:
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                self._without_wandb(error)
+
+
+def _step_of(line: str, otherwise: int) -> int:
+    """A line that a crash cut short counts as not written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return otherwise

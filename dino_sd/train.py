@@ -1,0 +1,306 @@
+"""The one loop. It reads from top to bottom, and the optimizer's step is in it."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+import yaml
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dino_sd import __version__, build, checkpoint, config
+from dino_sd.config import Config
+from dino_sd.data.loader import Batches, auto_workers
+from dino_sd.data.photometry import Photometry
+from dino_sd.data.source import Source, open_source
+from dino_sd.data.statistics import mean_std
+from dino_sd.distributed import (
+    all_reduce_mean_,
+    barrier,
+    is_main,
+    local_world_size,
+    rank,
+    setup,
+    world_size,
+)
+from dino_sd.embed import embed
+from dino_sd.errors import UserError
+from dino_sd.evaluators.knn import knn
+from dino_sd.log import Log
+from dino_sd.method import SelfDistillation
+from dino_sd.models.backbone import Backbone
+from dino_sd.optim import clip_each_, make_optimizer, set_rates
+
+# Settings that a run may change when it goes on: they move no number of it.
+FREE_TO_CHANGE = ("out", "workers", "device", "compile", "log", "checkpoint", "evaluate")
+
+
+def train(cfg: Config) -> Path:
+    """Trains, or goes on where `out` holds an unfinished run; returns the newest checkpoint."""
+    device = setup(cfg.device)
+    torch.set_float32_matmul_precision("highest" if device.type == "cpu" else "high")
+    torch.manual_seed(cfg.seed)
+    backbone = build.make_backbone(cfg, cfg.drop_path)
+    source = open_source(cfg.data, cfg.channels)
+    length = build.length_of(cfg, len(source))
+    run = Path(cfg.out)
+    resumed = open_run(run, cfg, source)
+    start = resumed["step"] if resumed else 0
+    if start >= length.steps:
+        say(f"{run} is finished ({start} steps); nothing to do")
+        return checkpoint.path_of(run, start)
+
+    method = build.make_method(cfg, backbone, length, device)
+    optimizer = make_optimizer(cfg.optim.name, method.student)
+    data = resumed["data"] if resumed else describe(source, cfg)
+    window = Window()
+    if resumed:
+        method.student.load_state_dict(resumed["student"])
+        method.teacher.load_state_dict(resumed["teacher"])
+        method.terms.load_state_dict(resumed["terms"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        window = Window({name: total.to(device) for name, total in resumed["window"].items()}, resumed["window_steps"])
+        say(f"going on from step {start} of {length.steps} in {run}")
+
+    model = method
+    if world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(method, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    spec = build.view_spec(cfg)
+    workers = cfg.workers
+    if workers == "auto":
+        workers = auto_workers(device.type, local_world_size(), source.stack is not None)
+    batches = Batches(
+        source, spec, seed=cfg.seed, batch_size=cfg.batch_size, accumulate=cfg.accumulate, rank=rank(),
+        world_size=world_size(), start_step=start, total_steps=length.steps, workers=workers,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
+    views = on_device(batches, Photometry(spec, data["mean"], data["std"]), device, dtype)
+    learning_rate = build.learning_rate(cfg, length)
+    weight_decay = build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
+    parameters = list(method.student.parameters())
+    log = Log(
+        run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=config.plain(cfg)
+    )  # fmt: skip
+    evaluate = Evaluation(cfg, device, data)
+    due = Due(cfg, length)
+    saved = checkpoint.path_of(run, start)
+    if due.evaluate(0) and not resumed:
+        log.write(0, evaluate(method))
+
+    for step in range(start, length.steps):
+        t = step / length.steps
+        set_rates(optimizer, learning_rate(t), weight_decay(t))
+        torch.manual_seed(seed_of(cfg.seed, step, rank()))  # dropout and drop-path = f(seed, step, rank)
+        for part in range(cfg.accumulate):
+            with window.waiting():
+                groups, batch, labels_B = next(views)
+            last = part == cfg.accumulate - 1
+            synced = nullcontext() if last or model is method else model.no_sync()  # pyright: ignore
+            with synced:
+                with autocast:
+                    losses = model(groups, batch, labels_B, t)
+                loss = sum(losses.values()) / cfg.accumulate
+                loss.backward()  # pyright: ignore
+            window.add({"loss": loss.detach() * cfg.accumulate, **method.signs}, 1 / cfg.accumulate)  # pyright: ignore
+        window.add({"gradient_norm": clip_each_(parameters, cfg.optim.clip)})
+        for parameter in method.frozen_parameters(t):
+            parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(t)
+        window.step(cfg.batch_size)
+
+        done = step + 1
+        final = done == length.steps
+        if done % cfg.log.every == 0 or final:
+            log.write(done, {**window.means(), "lr": learning_rate(t), "epoch": done / length.steps_per_epoch})
+            log.progress(done)
+        if due.evaluate(done) or (final and due.evaluates):
+            log.write(done, evaluate(method))
+            log.progress(done)
+            window.restart_clock()
+        if due.checkpoint(done) or final:
+            saved = checkpoint.path_of(run, done)
+            if is_main():
+                state = {
+                    "step": done, "steps": length.steps, "config": config.plain(cfg), "data": data,
+                    "result": method.result, "student": method.student.state_dict(),
+                    "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
+                    "optimizer": optimizer.state_dict(), "window": window.sums, "window_steps": window.steps,
+                }  # fmt: skip
+                checkpoint.save(saved, state)
+                checkpoint.prune(run, cfg.checkpoint.keep, due.milestone)
+    log.close()
+    barrier()
+    return saved
+
+
+class Window:
+    """Sums since the last line of the log. They stay on the device; `means` is the one place that waits for it."""
+
+    def __init__(self, sums: dict[str, Tensor] | None = None, steps: int = 0):
+        self.sums, self.steps = dict(sums or {}), steps
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.began, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def waiting(self) -> "Window":
+        return self
+
+    def __enter__(self) -> None:
+        self.wait_began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.waited += time.perf_counter() - self.wait_began
+
+    def add(self, values: dict[str, Tensor], share: float = 1.0) -> None:
+        for name, value in values.items():
+            value = value.detach() * share
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def step(self, images: int) -> None:
+        self.steps += 1
+        self.images += images
+
+    def means(self) -> dict[str, float]:
+        """Over the steps since the last call and over ranks; starts anew."""
+        values = all_reduce_mean_(torch.stack([total.double() for total in self.sums.values()]) / self.steps).tolist()
+        means = dict(zip(self.sums, values, strict=True))
+        elapsed = time.perf_counter() - self.began
+        means |= {"images_per_s": self.images / elapsed, "data_wait": self.waited / elapsed}
+        self.sums, self.steps = {}, 0
+        self.restart_clock()
+        return means
+
+
+class Due:
+    """When to save and when to evaluate, in steps."""
+
+    def __init__(self, cfg: Config, length: build.Length):
+        self.evaluates = cfg.evaluate.every is not None
+        self.evaluate_every = max(length.of(cfg.evaluate.every), 1) if cfg.evaluate.every is not None else 0
+        self.checkpoint_every = max(length.of(cfg.checkpoint.every), 1)
+        milestone = cfg.checkpoint.milestone
+        self.milestone = max(length.of(milestone), 1) if milestone is not None else None
+
+    def evaluate(self, done: int) -> bool:
+        return self.evaluates and done % self.evaluate_every == 0
+
+    def checkpoint(self, done: int) -> bool:
+        return done % self.checkpoint_every == 0 or bool(self.milestone and done % self.milestone == 0)
+
+
+class Evaluation:
+    """k-NN of the result so far, on the labelled sets of the config."""
+
+    def __init__(self, cfg: Config, device: torch.device, data: dict[str, Any]):
+        self.settings = cfg.evaluate
+        if cfg.evaluate.every is None:
+            return
+        self.sources = [open_source(str(name), cfg.channels) for name in (cfg.evaluate.train, cfg.evaluate.test)]
+        for name, source in zip(("train", "test"), self.sources, strict=True):
+            if source.labels() is None:
+                raise UserError(f"evaluate.{name}={getattr(cfg.evaluate, name)} has no labels; use class folders")
+        self.arguments: dict[str, Any] = {
+            "size": config.size_pair(cfg.evaluate.size or cfg.views.global_.size), "crop": cfg.evaluate.crop,
+            "mean": data["mean"], "std": data["std"], "device": device, "batch_size": cfg.evaluate.batch_size,
+            "precision": "bf16" if cfg.precision == "bf16" else "fp32",
+        }  # fmt: skip
+
+    def __call__(self, method: SelfDistillation) -> dict[str, float]:
+        backbone: Backbone = getattr(method, method.result).backbone
+        (train_ND, train_labels), (test_ND, test_labels) = (
+            embed(backbone, source, **self.arguments) for source in self.sources
+        )
+        method.train()
+        k = min(self.settings.k, len(train_ND))
+        scores = knn(train_ND, train_labels, test_ND, test_labels, k=(k,), temperature=self.settings.temperature)
+        return {"knn": scores[k][0]}
+
+
+def on_device(
+    batches: Batches, photometry: Photometry, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[list[Tensor], int, Tensor | None]]:
+    """Stage two of the views: (groups of normalised crops, images in them, labels) for each part of a step."""
+    for batch in batches:
+        groups = [
+            photometry(crops.to(device, non_blocking=True), rows).to(dtype)
+            for crops, rows in zip(batch.groups, batch.rows, strict=True)
+        ]
+        labels_B = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        yield groups, len(batch.indices), labels_B
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """Spread so that neighbouring seeds, steps and ranks share nothing."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
+
+
+def describe(source: Source, cfg: Config) -> dict[str, Any]:
+    """What a checkpoint says of the data."""
+    mean, std = cfg.views.mean, cfg.views.std
+    if mean is None or std is None:
+        measured_mean, measured_std = mean_std(source)
+        mean, std = mean or measured_mean, std or measured_std
+    return {
+        "images": len(source), "mean": list(mean), "std": list(std), "classes": source.classes,
+        "fingerprint": source.fingerprint(),
+    }  # fmt: skip
+
+
+def open_run(run: Path, cfg: Config, source: Source) -> dict[str, Any] | None:
+    """Makes the run's folder, or returns the checkpoint to go on from. Refuses a folder of another run."""
+    file = run / "config.yaml"
+    new = config.plain(cfg)
+    if file.exists():
+        old = {key: value for key, value in config.read_yaml(file).items() if key not in FREE_TO_CHANGE}
+        changed = config.differences(old, {key: value for key, value in new.items() if key not in FREE_TO_CHANGE})
+        if changed:
+            raise UserError(
+                f"out={run} holds a run with another config ({'; '.join(changed)}); "
+                f"choose another out, or the same settings to go on with that run"
+            )
+    resumed = checkpoint.newest_good(run)
+    if resumed and resumed["data"]["fingerprint"] != source.fingerprint():
+        raise UserError(
+            f"data={cfg.data} is not the set that the run in {run} was trained on "
+            f"({resumed['data']['images']} images then, {len(source)} now, or other files); choose another out"
+        )
+    barrier()
+    if is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(new, sort_keys=False))
+        (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    return resumed
+
+
+def environment() -> dict[str, Any]:
+    """What one needs to know to get the same numbers again."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "command": sys.argv, "dino_sd": __version__, "commit": git.stdout.strip() or None, "ranks": world_size(),
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "timm": timm.__version__, "platform": platform.platform(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+def say(text: str) -> None:
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
