@@ -4,7 +4,7 @@ Every variant runs in a process of its own, so that its peak memory is its own; 
 """
 
 import json
-import resource
+import math
 import statistics
 import subprocess
 import sys
@@ -136,7 +136,7 @@ def published_step(cfg: Config, device: torch.device, groups: list[Tensor], half
 
     def network(drop_path: float) -> nn.Module:
         size = build.view_spec(cfg).groups[0].size
-        backbone = Backbone(cfg.model, size=size, drop_path=drop_path)
+        backbone = Backbone(cfg.model, size=size, channels=cfg.channels, drop_path=drop_path, model_args=cfg.model_args)
         backbone.use_fused_attention(False)
         return nn.ModuleDict({"backbone": backbone, "head": PublishedHead(backbone.width, prototypes)}).to(device)
 
@@ -204,9 +204,18 @@ def measure(variant: str, steps: int, pairs: list[str]) -> dict[str, float]:
         step()
         synchronize(device)
         times.append(time.perf_counter() - began)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else used
-    return {"images_per_s": cfg.batch_size / statistics.median(times[2:]), "peak_bytes": float(peak)}
+    return {"images_per_s": cfg.batch_size / statistics.median(times[2:]), "peak_bytes": peak_bytes(device)}
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Most memory so far: of the device, or of this process where the CPU is the device."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return math.nan
+    import resource  # not on Windows
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

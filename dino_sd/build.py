@@ -10,14 +10,17 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_sd import checkpoint, config, schedule, terms
 from dino_sd.config import Config, Curve, Settings
 from dino_sd.data.order import steps_per_epoch
 from dino_sd.data.views import ViewGroup, ViewSpec
-from dino_sd.distributed import world_size
+from dino_sd.distributed import say, world_size
 from dino_sd.errors import UserError
+from dino_sd.load import load_model
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.weights import load_into, read_weights
@@ -34,6 +37,8 @@ def recipes() -> Path:
 def load_config(path: str | Path, pairs: list[str]) -> Config:
     """A YAML file (or the name of a recipe) with `key=value` over it. Every mistake is a UserError with its place."""
     file = Path(path)
+    if "=" in file.name and not file.exists():
+        raise UserError(f"command line: the config file or recipe comes first, then key=value; found {path} first")
     if not file.exists() and (recipes() / f"{file.name}.yaml").exists():
         file = recipes() / f"{file.name}.yaml"
     from_file, from_line = config.read_yaml(file), config.read_pairs(pairs)
@@ -161,9 +166,12 @@ def one_each(probabilities: list[float], count: int) -> list[float]:
     return (probabilities + [probabilities[-1]] * count)[:count]
 
 
-def make_backbone(cfg: Config, drop_path: float = 0.0) -> Backbone:
-    """The backbone with its first weights. Refuses crop sizes that it cannot take, before any data is read."""
-    init = cfg.init or ""
+def make_backbone(cfg: Config, drop_path: float = 0.0, resuming: bool = False) -> Backbone:
+    """The backbone with its first weights (drawn ones when resuming: the checkpoint brings its own).
+
+    Refuses crop sizes that it cannot take, before any data is read.
+    """
+    init = "" if resuming else cfg.init or ""
     pretrained = init.startswith("timm:")
     if pretrained and init.removeprefix("timm:").split(".")[0] != cfg.model.split(".")[0]:
         raise UserError(f"init={init} is another architecture than model={cfg.model}; set model={init[5:]}")
@@ -176,25 +184,21 @@ def make_backbone(cfg: Config, drop_path: float = 0.0) -> Backbone:
         pretrained=pretrained,
     )
     check_sizes(backbone, cfg)
-    if cfg.init and not pretrained:
-        load_into(backbone, first_weights(Path(cfg.init)))
+    if init and not pretrained:
+        for note in load_into(backbone, first_weights(init), source=init):
+            say(f"init={init}: {note}")
     return backbone
 
 
-def first_weights(path: Path) -> dict[str, Tensor]:
+def first_weights(init: str) -> dict[str, Tensor]:
     """Backbone weights of a run folder, a checkpoint, an export folder or a file of weights."""
-    if (path / "model.safetensors").exists():
-        return read_weights(path / "model.safetensors")
-    if path.is_dir():
-        newest = checkpoint.newest(path)
-        if newest is None:
-            raise UserError(f"init={path}: the folder holds neither checkpoints/step_*.pt nor model.safetensors")
-        path = newest
-    if checkpoint.step_of(path) < 0:
+    path = Path(init)
+    if path.is_file() and checkpoint.step_of(path) < 0:
         return read_weights(path)
-    state = checkpoint.load(path)
-    prefix = "backbone."
-    return {k.removeprefix(prefix): v for k, v in state[state["result"]].items() if k.startswith(prefix)}
+    model = load_model(init)
+    if not isinstance(model.backbone, Backbone):
+        raise UserError(f"init={init}: raw pixels have no weights to start from")
+    return model.backbone.state_dict()
 
 
 @torch.no_grad()
@@ -230,6 +234,11 @@ def plain_arguments(settings: Settings, length: Length, prefix: str) -> dict[str
         if isinstance(value, Curve):
             value = make_schedule(value, length, prefix + name)
         elif config.is_duration(field) and value is not None:
+            if length.of(value) >= length.steps:
+                raise UserError(
+                    f"{prefix}{name}={value} is {length.of(value)} steps but the run has {length.steps}: "
+                    f"it would last to the end; shorten it"
+                )
             value = length.of(value) / length.steps
         arguments[name] = value
     return arguments
@@ -258,20 +267,23 @@ def make_method(cfg: Config, backbone: Backbone, length: Length, device: torch.d
         heads = {**term.heads(backbone.width), **heads}
     student = Network(backbone, heads)
     momentum = make_schedule(cfg.teacher.momentum, length, "teacher.momentum")
-    method = SelfDistillation(student, without_drop_path(student), parts, momentum)
+    method = SelfDistillation(student, copy.deepcopy(student), parts, momentum)
+    if any(isinstance(module, _BatchNorm) for module in method.modules()):
+        if world_size() > 1 and device.type != "cuda":
+            say(f"warning: {cfg.model} has batch norm, which is not shared between ranks on {device.type}: "
+                f"the number of ranks changes the result")  # fmt: skip
+        if cfg.accumulate > 1:
+            say(f"warning: {cfg.model} has batch norm, which sees a part of the batch at a time: accumulate changes it")
     backbone.use_fused_attention(device.type != "cpu")
     method.teacher.backbone.use_fused_attention(device.type != "cpu")
     if cfg.precision == "fp64":
+        if device.type == "mps":
+            raise UserError("precision=fp64: MPS has no float64; use precision=fp32 or device=cpu")
         method = method.double()
     method = method.to(device).train()
     if world_size() > 1 and device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(method)  # in place: the method itself is no batch norm
+        convert_sync_batchnorm(method)  # timm's knows batch norms with an activation inside; torch's would drop it
     if cfg.compile:
-        method.student.backbone.compile(dynamic=False)
-        method.teacher.backbone.compile(dynamic=False)
+        for network in (method.student, method.teacher):  # `pooled` is what a step calls, not `forward`
+            network.backbone.pooled = torch.compile(network.backbone.pooled, dynamic=False)
     return method
-
-
-def without_drop_path(student: Network) -> Network:
-    """A copy for the teacher. Its dropout and drop-path are off because it stays in eval mode (method.py)."""
-    return copy.deepcopy(student)

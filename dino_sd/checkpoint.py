@@ -36,14 +36,19 @@ def newest(run: Path) -> Path | None:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """A reader sees the old file or the new one, never half of it, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"checkpoint: {path} cannot be written ({reason}); earlier ones are whole") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -64,9 +69,11 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint: {path} does not exist") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(f"checkpoint: {path} cannot be read: it is cut short, or holds more than tensors") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"checkpoint: {path} cannot be read ({reason}); use an older one beside it") from None
+        raise UserError(f"checkpoint: {path} cannot be read ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"checkpoint: {path} is no dino_sd checkpoint of format {FORMAT}")
     return state

@@ -1,6 +1,5 @@
 """The commands. Each unpacks its arguments, calls one function, and knows nothing more."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dino_sd.distributed import adopt_slurm, is_main, shutdown
+from dino_sd.distributed import adopt_slurm, is_main, rank, say, shutdown
 from dino_sd.errors import UserError
 
 app = typer.Typer(
@@ -86,7 +85,11 @@ def train(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: T
     from dino_sd.build import load_config
     from dino_sd.train import train as run
 
-    saved = run(load_config(config, pairs or []))
+    try:
+        saved = run(load_config(config, pairs or []))
+    except KeyboardInterrupt:
+        say("\ninterrupted; the same command goes on from the newest checkpoint")
+        raise typer.Exit(130) from None
     if is_main():
         print(saved)
 
@@ -108,12 +111,13 @@ def quickstart(pairs: Annotated[list[str] | None, PAIRS] = None) -> None:
     run(pairs or [])
 
 
-@app.command(epilog=MODEL)
+@app.command(add_help_option=False, epilog=MODEL)
 def export(
     model: str,
-    pairs: Annotated[list[str] | None, typer.Argument(metavar="out=DIR [KEY=VALUE]...")] = None,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[bool, help_option("\nSettings of export.", lambda: class_settings("ExportSettings"))] = False,
 ) -> None:
-    """Write the backbone for other tools: dino-sd export MODEL out=DIR [format=timm] [network=teacher|student]."""
+    """Write the backbone for other tools: dino-sd export MODEL out=DIR."""
     from dino_sd.config import ExportSettings
     from dino_sd.export import export as run
 
@@ -180,15 +184,9 @@ def main() -> None:
         app(standalone_mode=True)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:  # on whichever rank: only one of them may have met it
+        where = f"rank {rank()}: " if rank() else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
         code = 2
-    except KeyboardInterrupt:
-        if is_main():
-            print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     shutdown()
     sys.exit(code)

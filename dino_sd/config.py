@@ -207,7 +207,9 @@ class Config(Settings):
     )
     compile: bool = Field(default=False, description="torch.compile the backbones")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to train")
-    workers: int | Literal["auto"] = Field(default="auto", description="loader processes a rank")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="loader processes a rank"
+    )
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate())
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint())
     log: Log = Field(default_factory=lambda: Log())
@@ -226,6 +228,12 @@ class Config(Settings):
             values = getattr(self.views, name)
             if values is not None and len(values) != self.channels:
                 raise ValueError(f"views.{name} has {len(values)} value(s) but channels={self.channels}")
+        if self.views.std is not None and min(self.views.std) <= 0:
+            raise ValueError(f"views.std={self.views.std}: expected values above 0")
+        for name in ("ratio", "blur_sigma"):
+            low, high = getattr(self.views, name)
+            if not 0 < low <= high:
+                raise ValueError(f"views.{name}=[{low}, {high}]: expected 0 < from <= to")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         return self
@@ -241,7 +249,9 @@ class KnnSettings(Settings):
     )
     temperature: float = Field(default=0.07, gt=0, description="a vote weighs exp(similarity / temperature)")
     batch_size: int = Field(default=256, ge=1, description="images at a time")
-    workers: int | Literal["auto"] = Field(default="auto", description="loader processes a rank")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="loader processes a rank"
+    )
     precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute")
     network: Literal["teacher", "student"] | None = Field(
@@ -276,7 +286,9 @@ class LinearSettings(Settings):
     )
     seed: int = Field(default=0, ge=0, description="order of the features and first weights")
     embed_batch_size: int = Field(default=256, ge=1, description="images at a time through the backbone")
-    workers: int | Literal["auto"] = Field(default="auto", description="loader processes a rank")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="loader processes a rank"
+    )
     precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute")
     network: Literal["teacher", "student"] | None = Field(
@@ -313,6 +325,15 @@ def fields(cls: type[Settings], groups: dict[str, type[Settings]], prefix: str =
             yield key, field
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-5 is one. PyYAML's own rule wants 1.0e-5 and takes the rest for text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_pairs(pairs: Iterable[str]) -> dict[str, Any]:
     """["optim.lr=1e-3"] -> {"optim": {"lr": "1e-3"}}; values are read as YAML."""
     tree: dict[str, Any] = {}
@@ -321,7 +342,7 @@ def read_pairs(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise UserError(f"command line: expected key=value, found {pair!r}")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Yaml)  # a SafeLoader
         except yaml.YAMLError:
             value = text
         *path, last = key.strip().lstrip("-").split(".")
@@ -336,7 +357,7 @@ def read_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Yaml)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config: cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -384,9 +405,11 @@ def _suggestion(key: str, known: dict[str, Any], groups: set[str]) -> str:
     words = last.replace("_", " ").replace("-", " ")
 
     def likeness(name: str) -> float:
+        short = name.rsplit(".", 1)[-1]
+        initials = "".join(word[:1] for word in words.split()) == short  # learning_rate, lr
         described = words in (getattr(known.get(name), "description", None) or "")
-        alike = difflib.SequenceMatcher(None, last, name.rsplit(".", 1)[-1]).ratio()
-        return max(alike, 0.9 * described) + 0.1 * difflib.SequenceMatcher(None, key, name).ratio()
+        alike = difflib.SequenceMatcher(None, last, short).ratio()
+        return max(alike, initials, 0.9 * described) + 0.1 * difflib.SequenceMatcher(None, key, name).ratio()
 
     best = max(names, key=likeness)
     return f"; did you mean {best!r}?" if likeness(best) > 0.6 else "; `dino-sd train --help` lists every key"
@@ -402,7 +425,11 @@ def parse(cls: type[Settings], tree: dict[str, Any], prefix: str = "") -> Any:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error" and not path:
             raise UserError(f"config: {message}") from None
-        key = prefix + ".".join(part for part in path if part not in ("int", "float", "str", "tuple[int, int]"))
+        key = (
+            prefix.rstrip(".")
+            if not path
+            else prefix + ".".join(part for part in path if part not in ("int", "float", "str", "tuple[int, int]"))
+        )
         if first["type"] == "missing":
             raise UserError(f"config: {key!r} is missing; add {key}=... to the command line") from None
         raise UserError(f"config: {key}={first['input']!r}: {message[:1].lower()}{message[1:]}") from None

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from datetime import timedelta
 
 import torch
@@ -27,12 +28,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """One line on stderr, from rank 0."""
+    if is_main():
+        print(text, file=sys.stderr, flush=True)
+
+
 def adopt_slurm() -> None:
     """Says torchrun's variables where only SLURM's are there (`srun` with one task a device)."""
     env = os.environ
-    if "RANK" in env or int(env.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in env:
+    # Only srun sets SLURM_STEP_NUM_TASKS: in the batch script itself, SLURM_NTASKS counts tasks that do not run.
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in env:
         return
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     per_node = env.get("SLURM_NTASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", "1")  # "8" or "8(x2)"
     env["LOCAL_WORLD_SIZE"] = re.split(r"\D", per_node)[0]
@@ -59,6 +67,8 @@ def pick_device(name: str) -> torch.device:
     if name != "cuda":
         return torch.device(name)
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if "SLURM_STEP_NUM_TASKS" in os.environ and torch.cuda.device_count() == 1:
+        local = 0  # --gpus-per-task=1: each task sees its own GPU as number 0
     if local >= torch.cuda.device_count():
         raise UserError(
             f"rank {rank()} is number {local} on this machine, which has {torch.cuda.device_count()} CUDA device(s); "
@@ -105,6 +115,18 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def agree(value: int, what: str) -> None:
+    """Raises UserError on every rank when they do not all hold the same value."""
+    values = all_gather_rows(torch.tensor([value], device=_collective_device())).tolist()
+    if len(set(values)) > 1:
+        raise UserError(f"ranks disagree on {what}: {values}; `out` must be a folder that all machines share")
+
+
+def _collective_device() -> torch.device | str:
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
 
 
 def barrier() -> None:

@@ -19,7 +19,7 @@ from dino_sd import __version__
 from dino_sd.config import KnnSettings, LinearSettings, plain
 from dino_sd.data.loader import auto_workers
 from dino_sd.data.source import Source, open_source
-from dino_sd.distributed import all_gather_rows, is_main, local_world_size, rank, setup, world_size
+from dino_sd.distributed import all_gather_rows, is_main, local_world_size, rank, say, setup, world_size
 from dino_sd.embed import embed, last_blocks
 from dino_sd.errors import UserError
 from dino_sd.evaluators.knn import accuracy_from_ranks, label_ranks
@@ -221,11 +221,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"out={path}: cannot be written ({error.strerror}); choose another with out=FILE") from None
-
-
-def say(text: str) -> None:
-    if is_main():
-        print(text, file=sys.stderr, flush=True)
-
-
-__all__ = ["Model", "evaluate_knn", "evaluate_linear", "load_model"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -46,7 +48,8 @@ class Log:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = [line for line in self.path.read_text().splitlines() if _step_of(line, step + 1) <= step]
+        lines = self.path.read_text().splitlines() if step else []  # a run that starts anew has said nothing yet
+        kept = [line for line in lines if _step_of(line, step + 1) <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, self.path)
@@ -55,13 +58,17 @@ class Log:
         try:
             import wandb
 
+            known = run / "wandb_id.txt"  # a run that goes on is the same run there too
+            if not known.exists():
+                known.write_text(secrets.token_hex(4))
             self.wandb = wandb.init(
                 project="dino_sd",
                 name=run.name,
                 dir=run,
                 mode=mode,  # pyright: ignore[reportArgumentType]
                 config=config,
-                resume="allow",  # pyright: ignore
+                id=known.read_text(),
+                resume="allow",
                 settings=wandb.Settings(init_timeout=30),
             )
         except Exception as error:  # a tracker that fails must not cost the run
@@ -95,6 +102,8 @@ class Log:
         parts += [f"{name} {self.latest[key]:{spec}}" for key, name, spec in COLUMNS if key in self.latest]
         line = "  ".join(parts)
         terminal = sys.stderr.isatty()
+        if terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]
         print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -11,7 +11,8 @@ def make_optimizer(name: str, module: nn.Module) -> torch.optim.Optimizer:
     """Group 0 gets weight decay; biases and one-dimensional parameters are in group 1, which never does.
 
     Rates and decays are set before each step; the values here are placeholders. Caron et al. 2021,
-    `get_params_groups`. LARS leaves group 1 without its trust ratio.
+    `get_params_groups`. LARS is timm's: it leaves group 1 without a trust ratio, and
+    its ratio has |g| + decay |w| where the published class has |g + decay w|.
     """
     decayed, plain = [], []
     for key, parameter in module.named_parameters():

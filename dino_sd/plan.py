@@ -23,7 +23,7 @@ USUAL_SHARE = 0.4  # of the matmul speed that a whole step reaches; `bench step`
 
 
 def plan(cfg: Config) -> None:
-    """Prints the run's length, sizes, memory and compute. Makes the same checks as `train`, with the same errors."""
+    """Prints the run's length, sizes, memory and compute. Settings, model and data are checked as `train` does it."""
     device = pick_device(cfg.device)
     backbone = build.make_backbone(cfg, cfg.drop_path)
     source = open_source(cfg.data, cfg.channels)
@@ -53,7 +53,7 @@ def plan(cfg: Config) -> None:
         ("learning rate", f"0 to {peak:.3g} (= {cfg.optim.lr:g} x {cfg.batch_size} / 256) in "
                           f"{length.of(cfg.optim.warmup):,} steps, then to {cfg.optim.min_lr:g}"),
         ("checkpoints", f"every {max(length.of(cfg.checkpoint.every), 1):,} steps, newest {cfg.checkpoint.keep} kept, "
-                        f"{size(12 * parameters + 8 * parameters)} each, in {cfg.out}"),
+                        f"{size((2 + OPTIMIZER_STATES[cfg.optim.name]) * 4 * parameters)} each, in {cfg.out}"),
         ("memory", f"{size(states)} weights and optimizer + {size(activations * micro)} activations a rank (estimate)"),
         ("compute", f"{flops / 1e9:,.1f} GFLOP an image, {flops * images / 1e15:,.3g} PFLOP in all"),
         ("time", f"about {duration(seconds)} on {world_size()} x this {device.type} at {USUAL_SHARE:.0%} of its "

@@ -15,6 +15,7 @@ from dino_sd.data.loader import Batches
 from dino_sd.data.photometry import Photometry
 from dino_sd.data.source import open_source
 from dino_sd.distributed import is_main
+from dino_sd.errors import UserError
 from dino_sd.evaluate import evaluate_knn, evaluate_linear
 from dino_sd.export import export
 from dino_sd.log import duration
@@ -30,11 +31,15 @@ def quickstart(pairs: list[str]) -> None:
 
     began = time.perf_counter()
     cfg = build.load_config(build.recipes() / "quickstart.yaml", pairs)
+    if cfg.evaluate.every is None:
+        raise UserError("quickstart judges as it trains: set evaluate.every, such as 0.25")
     run = Path(cfg.out)
     voters, judged = str(cfg.evaluate.train), str(cfg.evaluate.test)
-    pixels = evaluate_knn("pixels", KnnSettings(train=voters, test=judged, k=[cfg.evaluate.k], channels=cfg.channels))
+    pixels = evaluate_knn(
+        "pixels", KnnSettings(train=voters, test=judged, k=[cfg.evaluate.k], channels=cfg.channels, device=cfg.device)
+    )
     train(cfg)
-    linear = evaluate_linear(run, LinearSettings(train=voters, test=judged))
+    linear = evaluate_linear(run, LinearSettings(train=voters, test=judged, device=cfg.device))
     folder = export(run, run / "export")
     if not is_main():
         return
@@ -44,7 +49,7 @@ def quickstart(pairs: list[str]) -> None:
     figure = draw(cfg, lines, scores, raw)
     figure.savefig(run / "quickstart.png", dpi=120)
     pyplot.close(figure)
-    table = Table(title=f"Fashion-MNIST, {pixels['test']['images']:,} test images", title_justify="left")
+    table = Table(title=f"{judged}, {pixels['test']['images']:,} test images", title_justify="left")
     table.add_column("")
     table.add_column("top-1 %", justify="right")
     for name, score in (

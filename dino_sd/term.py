@@ -1,7 +1,7 @@
 """The interface of a term, one summand of the loss. A term is a file in dino_sd/terms with a class `Settings` and a
 class named like the file (`born_again.py`: `BornAgain`)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -16,7 +16,6 @@ class Seen:
     pooled: list[Tensor]
     outputs: dict[str, Tensor]
     labels_B: Tensor | None = None
-    layers: list[Tensor] = field(default_factory=list)
 
 
 class Term(nn.Module):

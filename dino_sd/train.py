@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,42 @@ from dino_sd.data.photometry import Photometry
 from dino_sd.data.source import Source, open_source
 from dino_sd.data.statistics import mean_std
 from dino_sd.distributed import (
+    agree,
+    all_gather_rows,
     all_reduce_mean_,
     barrier,
     is_main,
     local_world_size,
     rank,
+    say,
     setup,
     world_size,
 )
 from dino_sd.embed import embed
 from dino_sd.errors import UserError
-from dino_sd.evaluators.knn import knn
+from dino_sd.evaluators.knn import accuracy_from_ranks, label_ranks
 from dino_sd.log import Log
 from dino_sd.method import SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
 
-# Settings that a run may change when it goes on: they move no number of it.
-FREE_TO_CHANGE = ("out", "workers", "device", "compile", "log", "checkpoint", "evaluate")
+# Settings that a run may change when it goes on: they move no number of it. (That the images at `data` are still the
+# same ones, wherever they lie now, is checked by their fingerprint.)
+FREE_TO_CHANGE = ("out", "data", "workers", "device", "compile", "log", "checkpoint", "evaluate")
 
 
 def train(cfg: Config) -> Path:
     """Trains, or goes on where `out` holds an unfinished run; returns the newest checkpoint."""
     device = setup(cfg.device)
-    torch.set_float32_matmul_precision("highest" if device.type == "cpu" else "high")
+    torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")  # high: TF32 on CUDA
     torch.manual_seed(cfg.seed)
-    backbone = build.make_backbone(cfg, cfg.drop_path)
+    run = Path(cfg.out)
+    backbone = build.make_backbone(cfg, cfg.drop_path, resuming=checkpoint.newest(run) is not None)
     source = open_source(cfg.data, cfg.channels)
     length = build.length_of(cfg, len(source))
-    run = Path(cfg.out)
-    resumed = open_run(run, cfg, source)
+    resumed = to_go_on_from(run, cfg, source)
     start = resumed["step"] if resumed else 0
+    agree(start, "the step to go on from")
     if start >= length.steps:
         say(f"{run} is finished ({start} steps); nothing to do")
         return checkpoint.path_of(run, start)
@@ -71,6 +76,7 @@ def train(cfg: Config) -> Path:
         optimizer.load_state_dict(resumed["optimizer"])
         window = Window({name: total.to(device) for name, total in resumed["window"].items()}, resumed["window_steps"])
         say(f"going on from step {start} of {length.steps} in {run}")
+    resumed = None  # a second copy of everything would otherwise live as long as the run
 
     model = method
     if world_size() > 1:
@@ -91,13 +97,14 @@ def train(cfg: Config) -> Path:
     learning_rate = build.learning_rate(cfg, length)
     weight_decay = build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
     parameters = list(method.student.parameters())
+    evaluate = Evaluation(cfg, device, data)
+    claim(run, cfg)  # everything that can be wrong with the settings has been found by now
     log = Log(
         run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=config.plain(cfg)
     )  # fmt: skip
-    evaluate = Evaluation(cfg, device, data)
     due = Due(cfg, length)
     saved = checkpoint.path_of(run, start)
-    if due.evaluate(0) and not resumed:
+    if due.evaluate(0) and start == 0:
         log.write(0, evaluate(method))
 
     for step in range(start, length.steps):
@@ -134,6 +141,7 @@ def train(cfg: Config) -> Path:
             window.restart_clock()
         if due.checkpoint(done) or final:
             saved = checkpoint.path_of(run, done)
+            window.share()
             if is_main():
                 state = {
                     "step": done, "steps": length.steps, "config": config.plain(cfg), "data": data,
@@ -176,9 +184,15 @@ class Window:
         self.steps += 1
         self.images += images
 
+    def share(self) -> None:
+        """The same sums on every rank, their mean: what a checkpoint holds, and what a run without it goes on with."""
+        if self.sums and world_size() > 1:
+            totals = all_reduce_mean_(torch.stack(list(self.sums.values())))
+            self.sums = dict(zip(self.sums, totals.unbind(), strict=True))
+
     def means(self) -> dict[str, float]:
         """Over the steps since the last call and over ranks; starts anew."""
-        values = all_reduce_mean_(torch.stack([total.double() for total in self.sums.values()]) / self.steps).tolist()
+        values = all_reduce_mean_(torch.stack(list(self.sums.values())) / self.steps).tolist()
         means = dict(zip(self.sums, values, strict=True))
         elapsed = time.perf_counter() - self.began
         means |= {"images_per_s": self.images / elapsed, "data_wait": self.waited / elapsed}
@@ -215,9 +229,18 @@ class Evaluation:
         for name, source in zip(("train", "test"), self.sources, strict=True):
             if source.labels() is None:
                 raise UserError(f"evaluate.{name}={getattr(cfg.evaluate, name)} has no labels; use class folders")
+        train, test = (len(source.classes or ()) for source in self.sources)
+        if train != test:
+            raise UserError(
+                f"evaluate.train has {train} classes, evaluate.test {test}; k-NN needs the same ones in both"
+            )
+        workers = cfg.workers
+        if workers == "auto":
+            workers = auto_workers(device.type, local_world_size(), all(s.stack is not None for s in self.sources))
         self.arguments: dict[str, Any] = {
             "size": config.size_pair(cfg.evaluate.size or cfg.views.global_.size), "crop": cfg.evaluate.crop,
             "mean": data["mean"], "std": data["std"], "device": device, "batch_size": cfg.evaluate.batch_size,
+            "workers": workers,
             "precision": "bf16" if cfg.precision == "bf16" else "fp32",
         }  # fmt: skip
 
@@ -228,7 +251,12 @@ class Evaluation:
         )
         method.train()
         k = min(self.settings.k, len(train_ND))
-        scores = knn(train_ND, train_labels, test_ND, test_labels, k=(k,), temperature=self.settings.temperature)
+        share = slice(len(test_ND) * rank() // world_size(), len(test_ND) * (rank() + 1) // world_size())
+        ranks = label_ranks(
+            train_ND.to(self.arguments["device"]), train_labels, test_ND[share], test_labels[share], (k,),
+            self.settings.temperature,
+        )  # fmt: skip
+        scores = accuracy_from_ranks({k: all_gather_rows(ranks[k])})
         return {"knn": scores[k][0]}
 
 
@@ -262,45 +290,56 @@ def describe(source: Source, cfg: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def open_run(run: Path, cfg: Config, source: Source) -> dict[str, Any] | None:
-    """Makes the run's folder, or returns the checkpoint to go on from. Refuses a folder of another run."""
-    file = run / "config.yaml"
-    new = config.plain(cfg)
-    if file.exists():
-        old = {key: value for key, value in config.read_yaml(file).items() if key not in FREE_TO_CHANGE}
-        changed = config.differences(old, {key: value for key, value in new.items() if key not in FREE_TO_CHANGE})
-        if changed:
-            raise UserError(
-                f"out={run} holds a run with another config ({'; '.join(changed)}); "
-                f"choose another out, or the same settings to go on with that run"
-            )
+def to_go_on_from(run: Path, cfg: Config, source: Source) -> dict[str, Any] | None:
+    """The newest good checkpoint in the run's folder, if any. Refuses one made with other settings or other data."""
     resumed = checkpoint.newest_good(run)
-    if resumed and resumed["data"]["fingerprint"] != source.fingerprint():
+    if resumed is None:
+        return None
+    old, new = (
+        {key: value for key, value in tree.items() if key not in FREE_TO_CHANGE}
+        for tree in (resumed["config"], config.plain(cfg))
+    )
+    if changed := config.differences(old, new):
+        raise UserError(
+            f"out={run} holds a run with another config ({'; '.join(changed)}); "
+            f"choose another out, or the same settings to go on with that run"
+        )
+    if resumed["data"]["fingerprint"] != source.fingerprint():
         raise UserError(
             f"data={cfg.data} is not the set that the run in {run} was trained on "
             f"({resumed['data']['images']} images then, {len(source)} now, or other files); choose another out"
         )
-    barrier()
-    if is_main():
-        run.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(new, sort_keys=False))
-        (run / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
     return resumed
+
+
+def claim(run: Path, cfg: Config) -> None:
+    """Rank 0 writes what the run is, whole or not at all."""
+    if is_main():
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            for name, text in (
+                ("config.yaml", yaml.safe_dump(config.plain(cfg), sort_keys=False)),
+                ("environment.json", json.dumps(environment(), indent=2) + "\n"),
+            ):
+                temporary = run / f".{name}.tmp"
+                temporary.write_text(text)
+                os.replace(temporary, run / name)
+        except OSError as error:
+            raise UserError(f"out={run} cannot be written ({error.strerror}); choose another folder") from None
+    barrier()
 
 
 def environment() -> dict[str, Any]:
     """What one needs to know to get the same numbers again."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    here, commit = Path(__file__).parents[1], ""
+    if (here / ".git").exists():  # a clone; installed elsewhere, a repository around it would be another one
+        with suppress(OSError):  # git need not be there
+            describe_commit = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+            commit = subprocess.run(describe_commit, capture_output=True, text=True).stdout.strip()
     return {
-        "command": sys.argv, "dino_sd": __version__, "commit": git.stdout.strip() or None, "ranks": world_size(),
+        "command": sys.argv, "dino_sd": __version__, "commit": commit or None, "ranks": world_size(),
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
         "timm": timm.__version__, "platform": platform.platform(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "cores": os.cpu_count(),
     }  # fmt: skip
-
-
-def say(text: str) -> None:
-    if is_main():
-        print(text, file=sys.stderr, flush=True)

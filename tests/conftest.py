@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "views": {"global": {"size": 28}, "local": {"count": 2, "size": 14}},
     "terms": {"dino": {"prototypes": 64, "hidden": 32, "bottleneck": 16}},
     "teacher": {"momentum": {"start": 0.9, "end": 1.0}},
-    "optim": {"lr": 0.003},
+    "optim": {"lr": 0.001},
     "checkpoint": {"every": "steps=5"},
     "log": {"every": 5},
     "device": "cpu",

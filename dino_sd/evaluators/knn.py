@@ -40,9 +40,9 @@ def accuracy_from_ranks(ranks: dict[int, Tensor]) -> dict[int, tuple[float, floa
     """{k: (top1, top5)} in percent, from the place of each test image's own class among the votes."""
     return {
         k: (
-            100.0 * (ranks_N == 0).double().mean().item(),
+            100.0 * (ranks_N == 0).cpu().double().mean().item(),
             # with k < 5 only k classes can have been voted for; as published, no others are counted
-            100.0 * (ranks_N < min(5, k)).double().mean().item(),
+            100.0 * (ranks_N < min(5, k)).cpu().double().mean().item(),
         )
         for k, ranks_N in ranks.items()
     }

@@ -145,7 +145,7 @@ class Probes:
             behind_NRC = (logits_NRC < own_logit_NR1) | ((logits_NRC == own_logit_NR1) & (class_C >= own_N11))
             places.append(self.classes - behind_NRC.sum(2))
         place_NR = torch.cat(places)
-        first_R, fifth_R = (100 * (place_NR < n).double().mean(0) for n in (1, 5))
+        first_R, fifth_R = (100 * (place_NR < n).cpu().double().mean(0) for n in (1, 5))
         return list(zip(first_R.tolist(), fifth_R.tolist(), strict=True))
 
 

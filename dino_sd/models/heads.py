@@ -8,28 +8,29 @@ from torch import Tensor, nn
 
 
 class _NormedLinear(torch.autograd.Function):
-    """x @ (v * s).T with s = g / |v| per row, in float32 or better whatever autocast says.
+    """x @ (v * s).T with s = g / |v| per row, in float32 (TF32 on CUDA) or float64, whatever autocast says.
 
     Plain autograd keeps and walks the (K, D) weight some ten times a step; at 65,536 prototypes that is what a small
-    backbone's step waits for. Here it is once forward and three times, in place, backward.
+    backbone's step waits for. Here it is twice forward and three times, in place, backward.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
         scale_K1 = weight_g / weight_v.norm(dim=1, keepdim=True)
-        weight_KD = weight_v * scale_K1
-        ctx.save_for_backward(x_ND, weight_KD, scale_K1, weight_g)
-        return x_ND @ weight_KD.T
+        ctx.save_for_backward(x_ND, weight_v, scale_K1, weight_g)
+        return x_ND @ (weight_v * scale_K1).T
 
     @staticmethod
     def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore
-        x_ND, weight_KD, scale_K1, weight_g = ctx.saved_tensors
+        x_ND, weight_v, scale_K1, weight_g = ctx.saved_tensors
+        few = len(grad_NK) < weight_v.shape[1]  # scale whichever of the two factors is smaller
+        grad_x = (grad_NK * scale_K1.T) @ weight_v if few else grad_NK @ (weight_v * scale_K1)
         grad_KD = grad_NK.T @ x_ND
-        along_K1 = torch.linalg.vecdot(grad_KD, weight_KD).unsqueeze(1)
+        along_K1 = torch.linalg.vecdot(grad_KD, weight_v).unsqueeze(1) * scale_K1
         # d(g v/|v|): along v only g moves, across it only the direction does
         grad_g = along_K1 / weight_g if ctx.needs_input_grad[2] else None
-        grad_v = grad_KD.addcmul_(weight_KD, along_K1 / weight_g**2, value=-1).mul_(scale_K1)
-        return grad_NK @ weight_KD, grad_v, grad_g
+        grad_v = grad_KD.addcmul_(weight_v, scale_K1 * along_K1 / weight_g**2, value=-1).mul_(scale_K1)
+        return grad_x, grad_v, grad_g
 
 
 class PrototypeLayer(nn.Module):
