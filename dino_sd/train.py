@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_sd import __version__, build, checkpoint, config
+from dino_sd.allocator import return_free_memory, reuse_freed_memory
 from dino_sd.config import Config
 from dino_sd.data.loader import Batches, auto_workers
 from dino_sd.data.photometry import Photometry
@@ -53,6 +54,8 @@ def train(cfg: Config) -> Path:
     """Trains, or goes on where `out` holds an unfinished run; returns the newest checkpoint."""
     device = setup(cfg.device)
     torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")  # high: TF32 on CUDA
+    if device.type == "cpu":
+        reuse_freed_memory()
     torch.manual_seed(cfg.seed)
     run = Path(cfg.out)
     backbone = build.make_backbone(cfg, cfg.drop_path, resuming=checkpoint.newest(run) is not None)
@@ -129,6 +132,8 @@ def train(cfg: Config) -> Path:
         optimizer.zero_grad(set_to_none=True)
         method.after_step(t)
         window.step(cfg.batch_size)
+        if step == start and device.type == "cpu":
+            return_free_memory()
 
         done = step + 1
         final = done == length.steps

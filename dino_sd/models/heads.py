@@ -6,31 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CACHED_ROWS = 2048  # of the prototypes' weight; 2 MB at the published width
+
 
 class _NormedLinear(torch.autograd.Function):
     """x @ (v * s).T with s = g / |v| per row, in float32 (TF32 on CUDA) or float64, whatever autocast says.
 
     Plain autograd keeps and walks the (K, D) weight some ten times a step; at 65,536 prototypes that is what a small
-    backbone's step waits for. Here it is twice forward and three times, in place, backward.
+    backbone's step waits for. Here a CPU works through it in parts that stay in its cache.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_v: Tensor, weight_g: Tensor) -> Tensor:
         scale_K1 = weight_g / weight_v.norm(dim=1, keepdim=True)
         ctx.save_for_backward(x_ND, weight_v, scale_K1, weight_g)
+        if len(x_ND) < weight_v.shape[1]:  # scale the smaller one, logits or weights
+            return (x_ND @ weight_v.T).mul_(scale_K1.T)
         return x_ND @ (weight_v * scale_K1).T
 
     @staticmethod
     def backward(ctx: Any, grad_NK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # pyright: ignore
         x_ND, weight_v, scale_K1, weight_g = ctx.saved_tensors
-        few = len(grad_NK) < weight_v.shape[1]  # scale whichever of the two factors is smaller
-        grad_x = (grad_NK * scale_K1.T) @ weight_v if few else grad_NK @ (weight_v * scale_K1)
-        grad_KD = grad_NK.T @ x_ND
-        along_K1 = torch.linalg.vecdot(grad_KD, weight_v).unsqueeze(1) * scale_K1
-        # d(g v/|v|): along v only g moves, across it only the direction does
-        grad_g = along_K1 / weight_g if ctx.needs_input_grad[2] else None
-        grad_v = grad_KD.addcmul_(weight_v, scale_K1 * along_K1 / weight_g**2, value=-1).mul_(scale_K1)
-        return grad_x, grad_v, grad_g
+        grad_x, grad_v, along_K1 = torch.zeros_like(x_ND), torch.empty_like(weight_v), torch.empty_like(scale_K1)
+        step = CACHED_ROWS if x_ND.device.type == "cpu" else len(weight_v)
+        for start in range(0, len(weight_v), step):
+            rows = slice(start, start + step)
+            v, s, grad = weight_v[rows], scale_K1[rows], grad_NK[:, rows]
+            grad_x.addmm_(grad * s.T, v)
+            grad_w = torch.mm(grad.T, x_ND, out=grad_v[rows])
+            along_K1[rows] = torch.linalg.vecdot(grad_w, v).unsqueeze(1) * s
+            # d(g v/|v|): along v only g moves, across it only the direction does
+            grad_w.addcmul_(v, s * along_K1[rows] / weight_g[rows] ** 2, value=-1).mul_(s)
+        return grad_x, grad_v, along_K1 / weight_g if ctx.needs_input_grad[2] else None
 
 
 class PrototypeLayer(nn.Module):

@@ -44,15 +44,18 @@ class _CrossEntropy(torch.autograd.Function):
         pairs = n_global * (views - 1)
         total_BK = probs_GBK.sum(0)
         grad_VBK = torch.empty_like(logits_VBK)
+        scaled_BK = torch.empty_like(total_BK)  # one view at a time, in place
         loss = total_BK.new_zeros(())
         for v in range(views):
             others = n_global - (v < n_global)
             target_BK = total_BK - probs_GBK[v] if v < n_global else total_BK
-            scaled_BK = logits_VBK[v].to(total_BK.dtype) / temperature
-            log_sum_B1 = scaled_BK.logsumexp(-1, keepdim=True)
-            loss += others * log_sum_B1.sum() - torch.linalg.vecdot(target_BK, scaled_BK).sum()
-            softmax_BK = scaled_BK.sub_(log_sum_B1).exp_()
-            grad_VBK[v] = softmax_BK.mul_(others).sub_(target_BK).div_(temperature * batch * pairs)
+            torch.div(logits_VBK[v], temperature, out=scaled_BK)
+            largest_B1 = scaled_BK.amax(-1, keepdim=True)
+            loss -= torch.dot(target_BK.flatten(), scaled_BK.flatten())
+            sum_B1 = scaled_BK.sub_(largest_B1).exp_().sum(-1, keepdim=True)
+            loss += others * (largest_B1 + sum_B1.log()).sum()
+            factor = 1 / (temperature * batch * pairs)
+            torch.mul(scaled_BK, others * factor / sum_B1, out=grad_VBK[v]).sub_(target_BK, alpha=factor)
         ctx.save_for_backward(grad_VBK)
         return loss / (batch * pairs)
 
@@ -129,7 +132,7 @@ class Dino(Term):
         loss = dino_loss(student.outputs["dino"], probs_GBK, self.student_temperature)
         with torch.no_grad():
             most = math.log(probs_GBK.shape[-1])
-            entropy = -torch.linalg.vecdot(probs_GBK, log_probs_GBK).mean()
+            entropy = -torch.dot(probs_GBK.flatten(), log_probs_GBK.flatten()) / probs_GBK[..., 0].numel()
             self.signs = {
                 "loss_share": loss.detach() / most,
                 "teacher_entropy": entropy / most,
