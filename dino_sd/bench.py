@@ -29,6 +29,7 @@ from dino_sd.optim import clip_each_, make_optimizer, set_rates
 from dino_sd.plan import probe
 from dino_sd.speed import matmul_speed, synchronize
 
+WARMUP = 3  # steps until memory has settled
 LENGTH = build.Length(steps=1000, steps_per_epoch=100, batch_size=1)  # schedules are not what is measured
 
 
@@ -184,7 +185,7 @@ def published_step(cfg: Config, device: torch.device, groups: list[Tensor], half
 
 
 def measure(variant: str, steps: int, pairs: list[str]) -> dict[str, float]:
-    """Runs in the child: seconds a step (median after two for warming up) and peak bytes."""
+    """Runs in the child: seconds a step (median after WARMUP more) and peak bytes."""
     cfg = build.load_config(build.recipes() / "bench.yaml", pairs)
     device = pick_device(cfg.device)
     ours = variant.startswith("ours")
@@ -198,7 +199,7 @@ def measure(variant: str, steps: int, pairs: list[str]) -> dict[str, float]:
     ]
     step = our_step(cfg, device, groups) if ours else published_step(cfg, device, groups, variant == "published-fp16")
     times = []
-    for done in range(steps + 2):
+    for done in range(WARMUP + steps):
         synchronize(device)
         began = time.perf_counter()
         step()
@@ -206,7 +207,7 @@ def measure(variant: str, steps: int, pairs: list[str]) -> dict[str, float]:
         times.append(time.perf_counter() - began)
         if ours and done == 0:
             return_free_memory()
-    return {"images_per_s": cfg.batch_size / statistics.median(times[2:]), "peak_bytes": peak_bytes(device)}
+    return {"images_per_s": cfg.batch_size / statistics.median(times[WARMUP:]), "peak_bytes": peak_bytes(device)}
 
 
 def peak_bytes(device: torch.device) -> float:

@@ -159,7 +159,7 @@ def linear(
 @bench_app.command("step")
 def bench_step(
     pairs: Annotated[list[str] | None, PAIRS] = None,
-    steps: Annotated[int, typer.Option(help="steps to time, after two for warming up")] = 5,
+    steps: Annotated[int, typer.Option(help="steps to time, after three for warming up")] = 5,
     markdown: Annotated[Path | None, typer.Option(help="append the table to this file")] = None,
 ) -> None:
     """A training step of this code beside one written as the published code does it: images/s, peak memory, MFU."""

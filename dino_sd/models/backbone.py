@@ -1,7 +1,7 @@
 """Any timm model behind one small contract: images in, Features out."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -121,24 +121,17 @@ def reads_class_token_alone(model: nn.Module) -> bool:
 
 
 def lean_block(block: Any, tokens_NPD: Tensor) -> Tensor:
-    """A timm ViT block that keeps less for the backward pass: what a norm or an activation made is made again there.
+    """A timm ViT block that keeps less for the backward pass: the activation's output is made again there.
 
-    Exact. It saves about a third of the activations for 2% of the time: no matrix product is done twice.
+    Exact. It saves a sixth of the activations for 1% of the time: no matrix product is done twice.
     """
-    mlp, attn = block.mlp, block.attn
+    mlp = block.mlp
     if not torch.is_grad_enabled() or mlp.drop1.p:
         return block(tokens_NPD)
-    qkv = _again(lambda x: attn.qkv(block.norm1(x)), tokens_NPD)
-    q, k, v = rearrange(qkv, "n p (three h d) -> three n h p d", three=3, h=attn.num_heads).unbind(0)
-    tokens_NPD = tokens_NPD + block.drop_path1(block.ls1(_attend(attn, q, k, v)))
-    hidden = _again(lambda x: mlp.fc1(block.norm2(x)), tokens_NPD)
-    mixed = mlp.drop2(_again(lambda x: mlp.fc2(mlp.norm(mlp.act(x))), hidden))
-    return tokens_NPD + block.drop_path2(block.ls2(mixed))
-
-
-def _again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of which only x is kept; run again in the backward pass up to its last product's inputs."""
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+    tokens_NPD = tokens_NPD + block.drop_path1(block.ls1(block.attn(block.norm1(tokens_NPD))))
+    hidden = mlp.fc1(block.norm2(tokens_NPD))
+    mixed = checkpoint(lambda x: mlp.fc2(mlp.norm(mlp.act(x))), hidden, use_reentrant=False, preserve_rng_state=False)
+    return tokens_NPD + block.drop_path2(block.ls2(mlp.drop2(mixed)))
 
 
 def class_token_of(block: Any, tokens_NPD: Tensor) -> Tensor:
