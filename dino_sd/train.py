@@ -54,6 +54,7 @@ def train(cfg: Config) -> Path:
     """Trains, or goes on where `out` holds an unfinished run; returns the newest checkpoint."""
     device = setup(cfg.device)
     torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")  # high: TF32 on CUDA
+    torch.backends.cudnn.allow_tf32 = cfg.precision == "bf16"
     if device.type == "cpu":
         reuse_freed_memory()
     torch.manual_seed(cfg.seed)
