@@ -51,12 +51,18 @@ def bench_step(pairs: list[str], steps: int, markdown: Path | None) -> list[dict
     device = pick_device(cfg.device)
     flops, _ = probe(our_method(cfg, torch.device("cpu")), cfg)
     peaks = {name: matmul_speed(device, name) for name in ("fp32", "bf16", *(["fp16"] * (device.type == "cuda")))}
-    rows = []
+    rows, failures = [], []
     for variant, title in variants(device).items():
-        row = in_own_process(variant, pairs, steps)
+        try:
+            row = in_own_process(variant, pairs, steps)
+        except UserError as error:  # out of memory, say; the others still count
+            failures.append(str(error))
+            row = {"images_per_s": math.nan, "peak_bytes": math.nan}
         peak = peaks["bf16" if variant == "ours-compiled" else variant.split("-")[1]]
         rows.append({"variant": title, **row, "mfu": flops * row["images_per_s"] / peak})
     show(cfg, device, rows, peaks, markdown)
+    if failures:
+        raise UserError("; ".join(failures))
     return rows
 
 

@@ -14,8 +14,8 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dino_sd import checkpoint, config, schedule, terms
-from dino_sd.config import Config, Curve, Settings
+from dino_sd import checkpoint, schedule, terms
+from dino_sd.config import Config
 from dino_sd.data.order import steps_per_epoch
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import say, world_size
@@ -25,6 +25,19 @@ from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.weights import load_into, read_weights
 from dino_sd.schedule import Schedule
+from dino_sd.settings import (
+    Curve,
+    Settings,
+    check_keys,
+    is_duration,
+    merge,
+    parse,
+    plain,
+    read_pairs,
+    read_yaml,
+    size_pair,
+    to_steps,
+)
 from dino_sd.term import Term
 
 
@@ -41,11 +54,11 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
         raise UserError(f"command line: the config file or recipe comes first, then key=value; found {path} first")
     if not file.exists() and (recipes() / f"{file.name}.yaml").exists():
         file = recipes() / f"{file.name}.yaml"
-    from_file, from_line = config.read_yaml(file), config.read_pairs(pairs)
-    tree = config.merge(from_file, from_line)
+    from_file, from_line = read_yaml(file), read_pairs(pairs)
+    tree = merge(from_file, from_line)
     groups = term_settings(tree.get("terms") or {"dino": {}})
-    config.check_keys(from_file, Config, str(path), groups)
-    config.check_keys(from_line, Config, "the command line", groups)
+    check_keys(from_file, Config, str(path), groups)
+    check_keys(from_line, Config, "the command line", groups)
     lengths = {"epochs", "steps", "images"}
     if lengths & from_line.keys():  # a length on the command line takes the place of the file's
         tree = {key: value for key, value in tree.items() if key not in lengths or key in from_line}
@@ -54,9 +67,9 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
 
 def finish(tree: dict[str, Any]) -> Config:
     """The typed config with the settings of its terms filled in."""
-    parsed: Config = config.parse(Config, tree)
+    parsed: Config = parse(Config, tree)
     filled = {
-        name: config.plain(config.parse(term_module(name).Settings, parsed.terms[name] or {}, f"terms.{name}."))
+        name: plain(parse(term_module(name).Settings, parsed.terms[name] or {}, f"terms.{name}."))
         for name in parsed.terms
     }
     return parsed.model_copy(update={"terms": filled})
@@ -88,9 +101,7 @@ class Length:
     batch_size: int
 
     def of(self, duration: float | str) -> int:
-        return config.to_steps(
-            duration, steps=self.steps, steps_per_epoch=self.steps_per_epoch, batch_size=self.batch_size
-        )
+        return to_steps(duration, steps=self.steps, steps_per_epoch=self.steps_per_epoch, batch_size=self.batch_size)
 
 
 def length_of(cfg: Config, images: int) -> Length:
@@ -146,7 +157,7 @@ def view_spec(cfg: Config) -> ViewSpec:
     groups = [crops for crops in (views.global_, views.local) if crops.count]
     jitter = views.jitter
     return ViewSpec(
-        groups=tuple(ViewGroup(crops.count, config.size_pair(crops.size), crops.scale) for crops in groups),
+        groups=tuple(ViewGroup(crops.count, size_pair(crops.size), crops.scale) for crops in groups),
         channels=cfg.channels,
         ratio=views.ratio,
         flip=views.flip,
@@ -177,7 +188,7 @@ def make_backbone(cfg: Config, drop_path: float = 0.0, resuming: bool = False) -
         raise UserError(f"init={init} is another architecture than model={cfg.model}; set model={init[5:]}")
     backbone = Backbone(
         init.removeprefix("timm:") if pretrained else cfg.model,
-        size=config.size_pair(cfg.views.global_.size),
+        size=size_pair(cfg.views.global_.size),
         channels=cfg.channels,
         drop_path=drop_path,
         model_args=cfg.model_args,
@@ -207,7 +218,7 @@ def check_sizes(backbone: Backbone, cfg: Config) -> None:
     backbone.eval()
     crops = [("global", cfg.views.global_)] + ([("local", cfg.views.local)] if cfg.views.local.count else [])
     for name, group in crops:
-        height, width = config.size_pair(group.size)
+        height, width = size_pair(group.size)
         patch = backbone.patch_size
         if patch and (height % patch or width % patch):
             nearest = max(round(min(height, width) / patch), 1) * patch
@@ -233,7 +244,7 @@ def plain_arguments(settings: Settings, length: Length, prefix: str) -> dict[str
         value = getattr(settings, name)
         if isinstance(value, Curve):
             value = make_schedule(value, length, prefix + name)
-        elif config.is_duration(field) and value is not None:
+        elif is_duration(field) and value is not None:
             if length.of(value) >= length.steps:
                 raise UserError(
                     f"{prefix}{name}={value} is {length.of(value)} steps but the run has {length.steps}: "
@@ -248,7 +259,7 @@ def make_terms(cfg: Config, length: Length) -> dict[str, tuple[float, Term]]:
     made = {}
     for name, tree in cfg.terms.items():
         module = term_module(name)
-        arguments = plain_arguments(config.parse(module.Settings, tree), length, f"terms.{name}.")
+        arguments = plain_arguments(parse(module.Settings, tree), length, f"terms.{name}.")
         weight = arguments.pop("weight")
         made[name] = (weight, getattr(module, name.title().replace("_", ""))(**arguments))
     return made

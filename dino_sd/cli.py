@@ -61,15 +61,17 @@ def help_option(title: str, rows: Any) -> Any:
 
 def train_settings() -> Any:
     from dino_sd.build import term_settings
-    from dino_sd.config import Config, fields
+    from dino_sd.config import Config
+    from dino_sd.settings import fields
 
     return fields(Config, term_settings({"dino": {}}))
 
 
 def class_settings(name: str) -> Any:
     from dino_sd import config
+    from dino_sd.settings import fields
 
-    return config.fields(getattr(config, name), {})
+    return fields(getattr(config, name), {})
 
 
 DURATIONS = (
@@ -169,7 +171,7 @@ def bench_step(
 
 
 def settings(cls: Any, pairs: list[str] | None) -> Any:
-    from dino_sd.config import check_keys, parse, read_pairs
+    from dino_sd.settings import check_keys, parse, read_pairs
 
     tree = read_pairs(pairs or [])
     check_keys(tree, cls, "the command line", {})

@@ -16,15 +16,16 @@ from rich.table import Table
 from torch import Tensor
 
 from dino_sd import __version__
-from dino_sd.config import KnnSettings, LinearSettings, plain
+from dino_sd.config import KnnSettings, LinearSettings
 from dino_sd.data.loader import auto_workers
 from dino_sd.data.source import Source, open_source
-from dino_sd.distributed import all_gather_rows, is_main, local_world_size, rank, say, setup, world_size
+from dino_sd.distributed import is_main, local_world_size, say, setup, world_size
 from dino_sd.embed import embed, last_blocks
 from dino_sd.errors import UserError
-from dino_sd.evaluators.knn import accuracy_from_ranks, label_ranks
+from dino_sd.evaluators.knn import knn
 from dino_sd.evaluators.linear import linear_probe
 from dino_sd.load import Model, load_model
+from dino_sd.settings import plain
 
 OWN_SIZE_UP_TO = 64  # pixels; raw pixels of larger images are compared at 32 x 32
 
@@ -41,14 +42,10 @@ def evaluate_knn(spec: str | Path | Model, settings: KnnSettings, json_only: boo
     train, test = labelled_pair(model, settings)
     features = Embedding(model, device, settings)
     (train_ND, train_labels_N), (test_ND, test_labels_N) = features(train, "train"), features(test, "test")
-    # Every rank judges its share of the test images.
-    count = len(test_ND)
-    share = slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
-    ranks = label_ranks(
-        train_ND.to(device), train_labels_N, test_ND[share], test_labels_N[share], settings.k, settings.temperature,
+    scores = knn(
+        train_ND.to(device), train_labels_N, test_ND, test_labels_N, settings.k, settings.temperature,
         number_of_classes(train, test),
     )  # fmt: skip
-    scores = accuracy_from_ranks({k: all_gather_rows(ranks_N) for k, ranks_N in ranks.items()})
     results = [{"k": k, "top1": top1, "top5": top5} for k, (top1, top5) in scores.items()]
     report = describe("knn", model, features.size, settings, train, test, results, began)
     deliver(report, model, settings.out, json_only)

@@ -9,11 +9,11 @@ import timm
 import torch
 
 from dino_sd import __version__, checkpoint
-from dino_sd.config import size_pair
 from dino_sd.errors import UserError
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.pixels import Pixels
 from dino_sd.models.weights import load_into, read_weights
+from dino_sd.settings import size_pair
 
 EXPECTED = "a run folder, a checkpoint file, an export folder, timm:NAME, or pixels"
 

@@ -1,11 +1,13 @@
 """What a run would do and need, worked out on two blank images: no training, no writing."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,7 +70,12 @@ def plan(cfg: Config) -> None:
 
 
 def probe(method: SelfDistillation, cfg: Config) -> tuple[float, float]:
-    """(FLOPs of forward and backward, bytes kept for the backward) of one image, from a step on two blank ones."""
+    """(FLOPs of forward and backward, bytes kept for the backward) of one image: what two more of them add to two."""
+    (flops, kept), (more_flops, more_kept) = (_probe(method, cfg, images) for images in (PROBED, 2 * PROBED))
+    return (more_flops - flops) / PROBED, (more_kept - kept) / PROBED
+
+
+def _probe(method: SelfDistillation, cfg: Config, images: int) -> tuple[float, float]:
     own = {p.untyped_storage().data_ptr() for p in method.parameters()}
     kept: dict[int, int] = {}
 
@@ -78,8 +85,15 @@ def probe(method: SelfDistillation, cfg: Config) -> tuple[float, float]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    # What checkpointed parts hold on to is no saved tensor; it lives as the output of the layer before them.
+    outputs: list[weakref.ref] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: outputs.append(weakref.ref(output)))
+        for module in method.student.modules()
+        if isinstance(module, nn.Linear)
+    ]
     groups = [
-        torch.randn(PROBED * group.count, cfg.channels, *group.size, generator=torch.Generator().manual_seed(0))
+        torch.randn(images * group.count, cfg.channels, *group.size, generator=torch.Generator().manual_seed(0))
         for group in build.view_spec(cfg).groups
     ]
     if cfg.precision == "fp64":
@@ -87,10 +101,15 @@ def probe(method: SelfDistillation, cfg: Config) -> tuple[float, float]:
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.precision == "bf16")
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-            losses: dict[str, Any] = method(groups, PROBED, torch.zeros(PROBED, dtype=torch.long), 0.0)
+            losses: dict[str, Any] = method(groups, images, torch.zeros(images, dtype=torch.long), 0.0)
+        for output in outputs:
+            if (tensor := output()) is not None:
+                keep(tensor)
         sum(losses.values()).backward()  # pyright: ignore
+    for hook in hooks:
+        hook.remove()
     method.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / PROBED, sum(kept.values()) / PROBED
+    return counter.get_total_flops(), sum(kept.values())
 
 
 def count(number: float) -> str:

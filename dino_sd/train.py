@@ -1,33 +1,23 @@
 """The one loop. It reads from top to bottom, and the optimizer's step is in it."""
 
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-import yaml
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_sd import __version__, build, checkpoint, config
+from dino_sd import build, checkpoint
 from dino_sd.allocator import return_free_memory, reuse_freed_memory
 from dino_sd.config import Config
 from dino_sd.data.loader import Batches, auto_workers
 from dino_sd.data.photometry import Photometry
-from dino_sd.data.source import Source, open_source
-from dino_sd.data.statistics import mean_std
+from dino_sd.data.source import open_source
 from dino_sd.distributed import (
     agree,
-    all_gather_rows,
     all_reduce_mean_,
     barrier,
     is_main,
@@ -39,15 +29,13 @@ from dino_sd.distributed import (
 )
 from dino_sd.embed import embed
 from dino_sd.errors import UserError
-from dino_sd.evaluators.knn import accuracy_from_ranks, label_ranks
+from dino_sd.evaluators.knn import knn
 from dino_sd.log import Log
 from dino_sd.method import SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
-
-# Settings that a run may change when it goes on: they move no number of it. (That the images at `data` are still the
-# same ones, wherever they lie now, is checked by their fingerprint.)
-FREE_TO_CHANGE = ("out", "data", "workers", "device", "compile", "log", "checkpoint", "evaluate")
+from dino_sd.run import check_same_run, claim, describe
+from dino_sd.settings import plain, size_pair
 
 
 def train(cfg: Config) -> Path:
@@ -59,10 +47,12 @@ def train(cfg: Config) -> Path:
         reuse_freed_memory()
     torch.manual_seed(cfg.seed)
     run = Path(cfg.out)
-    backbone = build.make_backbone(cfg, cfg.drop_path, resuming=checkpoint.newest(run) is not None)
+    resumed = checkpoint.newest_good(run)
+    backbone = build.make_backbone(cfg, cfg.drop_path, resuming=resumed is not None)
     source = open_source(cfg.data, cfg.channels)
     length = build.length_of(cfg, len(source))
-    resumed = to_go_on_from(run, cfg, source)
+    if resumed:
+        check_same_run(resumed, run, cfg, source)
     start = resumed["step"] if resumed else 0
     agree(start, "the step to go on from")
     if start >= length.steps:
@@ -104,7 +94,7 @@ def train(cfg: Config) -> Path:
     evaluate = Evaluation(cfg, device, data)
     claim(run, cfg)  # everything that can be wrong with the settings has been found by now
     log = Log(
-        run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=config.plain(cfg)
+        run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
     )  # fmt: skip
     due = Due(cfg, length)
     saved = checkpoint.path_of(run, start)
@@ -150,7 +140,7 @@ def train(cfg: Config) -> Path:
             window.share()
             if is_main():
                 state = {
-                    "step": done, "steps": length.steps, "config": config.plain(cfg), "data": data,
+                    "step": done, "steps": length.steps, "config": plain(cfg), "data": data,
                     "result": method.result, "student": method.student.state_dict(),
                     "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
                     "optimizer": optimizer.state_dict(), "window": window.sums, "window_steps": window.steps,
@@ -172,14 +162,11 @@ class Window:
     def restart_clock(self) -> None:
         self.began, self.waited, self.images = time.perf_counter(), 0.0, 0
 
-    def waiting(self) -> "Window":
-        return self
-
-    def __enter__(self) -> None:
-        self.wait_began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.perf_counter() - self.wait_began
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
 
     def add(self, values: dict[str, Tensor], share: float = 1.0) -> None:
         for name, value in values.items():
@@ -244,7 +231,7 @@ class Evaluation:
         if workers == "auto":
             workers = auto_workers(device.type, local_world_size(), all(s.stack is not None for s in self.sources))
         self.arguments: dict[str, Any] = {
-            "size": config.size_pair(cfg.evaluate.size or cfg.views.global_.size), "crop": cfg.evaluate.crop,
+            "size": size_pair(cfg.evaluate.size or cfg.views.global_.size), "crop": cfg.evaluate.crop,
             "mean": data["mean"], "std": data["std"], "device": device, "batch_size": cfg.evaluate.batch_size,
             "workers": workers,
             "precision": "bf16" if cfg.precision == "bf16" else "fp32",
@@ -257,12 +244,8 @@ class Evaluation:
         )
         method.train()
         k = min(self.settings.k, len(train_ND))
-        share = slice(len(test_ND) * rank() // world_size(), len(test_ND) * (rank() + 1) // world_size())
-        ranks = label_ranks(
-            train_ND.to(self.arguments["device"]), train_labels, test_ND[share], test_labels[share], (k,),
-            self.settings.temperature,
-        )  # fmt: skip
-        scores = accuracy_from_ranks({k: all_gather_rows(ranks[k])})
+        train_ND = train_ND.to(self.arguments["device"])
+        scores = knn(train_ND, train_labels, test_ND, test_labels, (k,), self.settings.temperature)
         return {"knn": scores[k][0]}
 
 
@@ -282,70 +265,3 @@ def on_device(
 def seed_of(seed: int, step: int, rank: int) -> int:
     """Spread so that neighbouring seeds, steps and ranks share nothing."""
     return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
-
-
-def describe(source: Source, cfg: Config) -> dict[str, Any]:
-    """What a checkpoint says of the data."""
-    mean, std = cfg.views.mean, cfg.views.std
-    if mean is None or std is None:
-        measured_mean, measured_std = mean_std(source)
-        mean, std = mean or measured_mean, std or measured_std
-    return {
-        "images": len(source), "mean": list(mean), "std": list(std), "classes": source.classes,
-        "fingerprint": source.fingerprint(),
-    }  # fmt: skip
-
-
-def to_go_on_from(run: Path, cfg: Config, source: Source) -> dict[str, Any] | None:
-    """The newest good checkpoint in the run's folder, if any. Refuses one made with other settings or other data."""
-    resumed = checkpoint.newest_good(run)
-    if resumed is None:
-        return None
-    old, new = (
-        {key: value for key, value in tree.items() if key not in FREE_TO_CHANGE}
-        for tree in (resumed["config"], config.plain(cfg))
-    )
-    if changed := config.differences(old, new):
-        raise UserError(
-            f"out={run} holds a run with another config ({'; '.join(changed)}); "
-            f"choose another out, or the same settings to go on with that run"
-        )
-    if resumed["data"]["fingerprint"] != source.fingerprint():
-        raise UserError(
-            f"data={cfg.data} is not the set that the run in {run} was trained on "
-            f"({resumed['data']['images']} images then, {len(source)} now, or other files); choose another out"
-        )
-    return resumed
-
-
-def claim(run: Path, cfg: Config) -> None:
-    """Rank 0 writes what the run is, whole or not at all."""
-    if is_main():
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            for name, text in (
-                ("config.yaml", yaml.safe_dump(config.plain(cfg), sort_keys=False)),
-                ("environment.json", json.dumps(environment(), indent=2) + "\n"),
-            ):
-                temporary = run / f".{name}.tmp"
-                temporary.write_text(text)
-                os.replace(temporary, run / name)
-        except OSError as error:
-            raise UserError(f"out={run} cannot be written ({error.strerror}); choose another folder") from None
-    barrier()
-
-
-def environment() -> dict[str, Any]:
-    """What one needs to know to get the same numbers again."""
-    here, commit = Path(__file__).parents[1], ""
-    if (here / ".git").exists():  # a clone; installed elsewhere, a repository around it would be another one
-        with suppress(OSError):  # git need not be there
-            describe_commit = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-            commit = subprocess.run(describe_commit, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": sys.argv, "dino_sd": __version__, "commit": commit or None, "ranks": world_size(),
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "timm": timm.__version__, "platform": platform.platform(), "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "cores": os.cpu_count(),
-    }  # fmt: skip

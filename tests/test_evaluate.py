@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino_sd.config import KnnSettings, LinearSettings, parse
+from dino_sd.config import KnnSettings, LinearSettings
 from dino_sd.data.source import StackSource
 from dino_sd.embed import embed, last_blocks, pooled
 from dino_sd.errors import UserError
@@ -14,6 +14,7 @@ from dino_sd.evaluate import evaluate_knn, evaluate_linear, labelled_pair
 from dino_sd.evaluators.knn import knn
 from dino_sd.load import Model, load_model
 from dino_sd.models.backbone import Backbone, Features
+from dino_sd.settings import parse
 
 MINI = {"train": "fashion-mnist-mini:train", "test": "fashion-mnist-mini:test"}
 HOW: dict[str, Any] = {"size": (28, 28), "crop": 1.0, "mean": [0.3], "std": [0.2], "device": "cpu"}

@@ -1,7 +1,9 @@
 """This rank's micro-batches of views, from any step on, made in worker processes."""
 
+import atexit
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +76,12 @@ class Batches:
         return len(self._steps) * self._accumulate
 
     def __iter__(self) -> Iterator[Batch]:
+        batches = self._batches()
+        # Left in the middle, workers are stopped before multiprocessing's own way out finds and terminates them.
+        atexit.register(_close, weakref.ref(batches))
+        return batches
+
+    def _batches(self) -> Generator[Batch, None, None]:
         # One pass over all steps: workers start once, and no epoch ends with empty hands.
         loader = DataLoader(
             self._maker,
@@ -88,6 +96,11 @@ class Batches:
             if isinstance(made, _Failure):
                 raise UserError(made.message)
             yield made
+
+
+def _close(batches: "weakref.ref[Generator[Batch, None, None]]") -> None:
+    if (left := batches()) is not None:
+        left.close()
 
 
 class _MicroBatches:

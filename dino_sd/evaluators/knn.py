@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_sd.distributed import all_gather_rows, rank, world_size
 from dino_sd.errors import UserError
 
 
@@ -20,7 +21,7 @@ def knn(
     chunk: int = 1024,
     train_chunk: int = 16384,
 ) -> dict[int, tuple[float, float]]:
-    """Accuracy of weighted k-NN voting: {k: (top1, top5)} in percent.
+    """Accuracy of weighted k-NN voting: {k: (top1, top5)} in percent. Ranks share out the test images.
 
     Features are L2-normalised here; float64 stays float64, anything else is computed in float32, on the features'
     device. A neighbour votes exp(cosine / temperature) for its class. Works for any number of test images and classes
@@ -30,10 +31,12 @@ def knn(
     """
     if len(test_ND) == 0:
         raise UserError("knn: the test set has no images")
+    share = slice(len(test_ND) * rank() // world_size(), len(test_ND) * (rank() + 1) // world_size())
     ranks = label_ranks(
-        train_ND, train_labels_N, test_ND, test_labels_N, k, temperature, classes, chunk=chunk, train_chunk=train_chunk
-    )
-    return accuracy_from_ranks(ranks)
+        train_ND, train_labels_N, test_ND[share], test_labels_N[share], k, temperature, classes, chunk=chunk,
+        train_chunk=train_chunk,
+    )  # fmt: skip
+    return accuracy_from_ranks({count: all_gather_rows(ranks_N) for count, ranks_N in ranks.items()})
 
 
 def accuracy_from_ranks(ranks: dict[int, Tensor]) -> dict[int, tuple[float, float]]:

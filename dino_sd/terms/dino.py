@@ -7,14 +7,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dino_sd import config
+from dino_sd import settings
 from dino_sd.distributed import all_reduce_mean_
 from dino_sd.models.heads import ProjectionHead
 from dino_sd.schedule import Schedule
 from dino_sd.term import Seen, Term
 
 
-class Settings(config.Settings):
+class Settings(settings.Settings):
     weight: float = Field(default=1.0, gt=0, description="factor of this term in the loss")
     prototypes: int = Field(default=65536, ge=2, description="outputs of the head")
     hidden: int = Field(default=2048, ge=1, description="width of the head's hidden layers")
@@ -22,10 +22,10 @@ class Settings(config.Settings):
     layers: int = Field(default=3, ge=1, description="linear layers before the prototypes")
     batch_norm: bool = Field(default=False, description="batch norm in the head")
     norm_last_layer: bool = Field(default=True, description="prototypes of fixed length 1; false learns their lengths")
-    freeze_last_layer: config.Duration = Field(default=0.01, description="prototypes do not move at first; duration")
+    freeze_last_layer: settings.Duration = Field(default=0.01, description="prototypes do not move at first; duration")
     student_temperature: float = Field(default=0.1, gt=0, description="divides the student's logits")
-    teacher_temperature: config.Curve = Field(
-        default_factory=lambda: config.Curve(start=0.04, end=0.04), description="divides the teacher's centred logits"
+    teacher_temperature: settings.Curve = Field(
+        default_factory=lambda: settings.Curve(start=0.04, end=0.04), description="divides the teacher's centred logits"
     )
     center: bool = Field(default=True, description="subtract the centre from the teacher's logits")
     center_momentum: float = Field(default=0.9, ge=0, lt=1, description="share of the centre kept at each step")
