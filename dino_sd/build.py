@@ -29,6 +29,7 @@ from dino_sd.settings import (
     Curve,
     Settings,
     check_keys,
+    complete_curves,
     is_duration,
     merge,
     parse,
@@ -54,6 +55,10 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
         raise UserError(f"command line: the config file or recipe comes first, then key=value; found {path} first")
     if not file.exists() and (recipes() / f"{file.name}.yaml").exists():
         file = recipes() / f"{file.name}.yaml"
+    if not file.exists():
+        names = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))
+        near = difflib.get_close_matches(file.stem, names, n=1, cutoff=0.6) or names
+        raise UserError(f"config: {path} does not exist; recipes that come with dino_sd: {', '.join(near)}")
     from_file, from_line = read_yaml(file), read_pairs(pairs)
     tree = merge(from_file, from_line)
     groups = term_settings(tree.get("terms") or {"dino": {}})
@@ -62,7 +67,7 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
     lengths = {"epochs", "steps", "images"}
     if lengths & from_line.keys():  # a length on the command line takes the place of the file's
         tree = {key: value for key, value in tree.items() if key not in lengths or key in from_line}
-    return finish(tree)
+    return finish(complete_curves(tree, Config, groups))
 
 
 def finish(tree: dict[str, Any]) -> Config:

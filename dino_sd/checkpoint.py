@@ -47,6 +47,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C inside torch's writer, which reports its own end
+            raise KeyboardInterrupt from None
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"checkpoint: {path} cannot be written ({reason}); earlier ones are whole") from None
 

@@ -21,7 +21,7 @@ app = typer.Typer(
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench_app, name="bench")
 
-PAIRS = typer.Argument(metavar="[KEY=VALUE]...", help="settings over those of the file, such as optim.lr=1e-3")
+PAIRS = typer.Argument(metavar="[KEY=VALUE]...", help="settings; --help lists them all")
 DATA = (
     "DATA is a folder of images (class folders, or any other order without labels), fashion-mnist:train|test, or "
     "fashion-mnist-mini:train|test (ships with the package)."
@@ -87,11 +87,7 @@ def train(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: T
     from dino_sd.build import load_config
     from dino_sd.train import train as run
 
-    try:
-        saved = run(load_config(config, pairs or []))
-    except KeyboardInterrupt:
-        say("\ninterrupted; the same command goes on from the newest checkpoint")
-        raise typer.Exit(130) from None
+    saved = run(load_config(config, pairs or []))
     if is_main():
         print(saved)
 
@@ -186,6 +182,8 @@ def main() -> None:
         app(standalone_mode=True)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        if code == 130:
+            say("interrupted; a run goes on from its newest checkpoint with the same command")
     except UserError as error:  # on whichever rank: only one of them may have met it
         where = f"rank {rank()}: " if rank() else ""
         print(f"error: {where}{error}", file=sys.stderr, flush=True)

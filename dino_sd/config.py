@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dino_sd.settings import Curve, Duration, Probabilities, Probability, Settings, Size, as_list
+from dino_sd.settings import Curve, Duration, Probabilities, Probability, Settings, Size, as_list, between
 
 
 class GlobalCrops(Settings):
@@ -54,7 +54,7 @@ class Views(Settings):
 
 
 class Teacher(Settings):
-    momentum: Curve = Field(
+    momentum: Annotated[Curve, between(0, 1)] = Field(
         default_factory=lambda: Curve(start=0.996, end=1.0), description="share of the teacher kept at each step"
     )
 
@@ -66,7 +66,7 @@ class Optim(Settings):
     )
     min_lr: float = Field(default=1e-6, ge=0, description="learning rate at the end; not scaled")
     warmup: Duration = Field(default=0.1, description="linear warm-up of the learning rate; duration")
-    weight_decay: Curve = Field(
+    weight_decay: Annotated[Curve, between(0)] = Field(
         default_factory=lambda: Curve(start=0.04, end=0.4), description="not applied to biases and 1-d parameters"
     )
     clip: float | None = Field(

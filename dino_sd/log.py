@@ -101,9 +101,8 @@ class Log:
             parts += [f"{self.latest['images_per_s']:.0f} images/s", f"data wait {self.latest['data_wait']:.0%}"]
         parts += [f"{name} {self.latest[key]:{spec}}" for key, name, spec in COLUMNS if key in self.latest]
         line = "  ".join(parts)
-        terminal = sys.stderr.isatty()
-        if terminal:
-            line = line[: shutil.get_terminal_size().columns - 1]
+        # where it does not fit, a line each: what is cut off are the signs of collapse
+        terminal = sys.stderr.isatty() and len(line) < shutil.get_terminal_size().columns
         print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:

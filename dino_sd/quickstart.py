@@ -77,12 +77,14 @@ def draw(cfg: Config, lines: list[dict], scores: list[tuple[int, float]], raw_pi
     judged.axhline(scores[0][1], color="gray", ls=":", label="untrained")
     judged.set(xlabel="images seen", ylabel="k-NN top-1, %", title="Is it learning?")
     judged.legend()
+    judged.locator_params(axis="x", nbins=5)
     logged = [line for line in lines if "loss" in line]
     seen = [line["step"] * cfg.batch_size for line in logged]
     for key, name in (("loss_share", "loss"), ("teacher_entropy", "teacher entropy"), ("kl", "KL(teacher, student)")):
         parts.plot(seen, [line[f"dino/{key}"] for line in logged], label=name)
     parts.set(xlabel="images seen", ylabel="share of ln K", title="loss = entropy + KL", ylim=(0, 1))
     parts.legend()
+    parts.locator_params(axis="x", nbins=5)
     crops.imshow(contact_sheet(cfg), cmap="gray", vmin=0, vmax=1)
     crops.set(title="what the student sees of each image")
     crops.axis("off")

@@ -73,6 +73,20 @@ class Curve(Settings):
         return {"start": value, "end": value} if isinstance(value, (int, float, str)) else value
 
 
+def between(low: float, high: float = math.inf, open_low: bool = False) -> AfterValidator:
+    """Bounds for a Curve: both its ends lie between low and high."""
+
+    def check(curve: Curve) -> Curve:
+        for name, value in (("start", curve.start), ("end", curve.end)):
+            if not low <= value <= high or (open_low and value == low):
+                bounds = f"{'above' if open_low else 'at least'} {low:g}"
+                bounds += f" and at most {high:g}" if high < math.inf else ""
+                raise ValueError(f"{name}={value:g}: expected {bounds}")
+        return curve
+
+    return AfterValidator(check)
+
+
 def group_of(annotation: Any) -> type[Settings] | None:
     """The group of settings that an annotation stands for, if any."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
@@ -180,6 +194,18 @@ def _suggestion(key: str, known: dict[str, Any], groups: set[str]) -> str:
 
     best = max(names, key=likeness)
     return f"; did you mean {best!r}?" if likeness(best) > 0.6 else "; `dino-sd train --help` lists every key"
+
+
+def complete_curves(tree: dict[str, Any], cls: type[Settings], groups: dict[str, type[Settings]]) -> dict[str, Any]:
+    """`teacher.momentum.start=0.99` alone leaves the rest of that curve at its default."""
+    for key, field in fields(cls, groups):
+        *path, last = key.split(".")
+        node: Any = tree
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if group_of(field.annotation) is Curve and isinstance(node, dict) and isinstance(node.get(last), dict):
+            node[last] = {**plain(field.get_default(call_default_factory=True)), **node[last]}
+    return tree
 
 
 def parse(cls: type[Settings], tree: dict[str, Any], prefix: str = "") -> Any:

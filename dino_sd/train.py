@@ -1,6 +1,7 @@
 """The one loop. It reads from top to bottom, and the optimizer's step is in it."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -75,7 +76,9 @@ def train(cfg: Config) -> Path:
     model = method
     if world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(method, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # torch 2.14 has a new word for broadcast_buffers, which 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(method, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     spec = build.view_spec(cfg)
     workers = cfg.workers

@@ -266,3 +266,31 @@ def test_every_recipe_is_valid():
         cfg = build.load_config(path, [])
         assert path.read_text().startswith("# "), f"{path.name} has no header"
         assert cfg.terms
+
+
+def test_part_of_a_curve_keeps_the_rest(tiny_yaml: Path, tmp_path: Path):
+    cfg = build.load_config(tiny_yaml, [f"out={tmp_path}", "optim.weight_decay.end=0.2", "teacher.momentum.end=0.95"])
+    assert (cfg.optim.weight_decay.start, cfg.optim.weight_decay.end) == (0.04, 0.2)
+    assert (cfg.teacher.momentum.start, cfg.teacher.momentum.end) == (0.9, 0.95)
+
+
+def test_interrupted_by_hand(tiny_yaml: Path, tmp_path: Path):
+    """Ctrl-C: exit code 130, one line that says how to go on, checkpoints whole."""
+    import signal
+    import subprocess
+    import time
+
+    from conftest import ROOT
+
+    run = tmp_path / "run"
+    arguments = [sys.executable, "-m", "dino_sd", "train", str(tiny_yaml), *tiny_pairs(run, steps=100000)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while checkpoint.newest(run) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "same command" in said.strip().splitlines()[-1] and "Traceback" not in said
+    newest = checkpoint.newest(run)
+    assert newest is not None and checkpoint.load(newest)["step"] == checkpoint.step_of(newest)

@@ -1,7 +1,7 @@
 """Self-distillation with no labels (Caron et al. 2021): each student view predicts the teacher's other global views."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ class Settings(settings.Settings):
     norm_last_layer: bool = Field(default=True, description="prototypes of fixed length 1; false learns their lengths")
     freeze_last_layer: settings.Duration = Field(default=0.01, description="prototypes do not move at first; duration")
     student_temperature: float = Field(default=0.1, gt=0, description="divides the student's logits")
-    teacher_temperature: settings.Curve = Field(
+    teacher_temperature: Annotated[settings.Curve, settings.between(0, open_low=True)] = Field(
         default_factory=lambda: settings.Curve(start=0.04, end=0.04), description="divides the teacher's centred logits"
     )
     center: bool = Field(default=True, description="subtract the centre from the teacher's logits")
