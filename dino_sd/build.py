@@ -16,13 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_sd import checkpoint, schedule, terms
 from dino_sd.config import Config
+from dino_sd.data.mix import Mix
 from dino_sd.data.order import steps_per_epoch
+from dino_sd.data.source import Source, labelled_only, open_source
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import say, world_size
 from dino_sd.errors import UserError
 from dino_sd.load import load_model
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
+from dino_sd.models.model import Model
 from dino_sd.models.weights import load_into, read_weights
 from dino_sd.schedule import Schedule
 from dino_sd.settings import (
@@ -39,7 +42,7 @@ from dino_sd.settings import (
     size_pair,
     to_steps,
 )
-from dino_sd.term import Term
+from dino_sd.term import Given, Term
 
 
 def recipes() -> Path:
@@ -61,6 +64,8 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
         raise UserError(f"config: {path} does not exist; recipes that come with dino_sd: {', '.join(near)}")
     from_file, from_line = read_yaml(file), read_pairs(pairs)
     tree = merge(from_file, from_line)
+    if "model" in from_line and from_line["model"] != from_file.get("model"):
+        tree["model_args"] = from_line.get("model_args", {})  # the file's are those of its own model
     groups = term_settings(tree.get("terms") or {"dino": {}})
     check_keys(from_file, Config, str(path), groups)
     check_keys(from_line, Config, "the command line", groups)
@@ -157,12 +162,14 @@ def learning_rate(cfg: Config, length: Length) -> Schedule:
     return schedule.cosine(peak, cfg.optim.min_lr, length.steps, length.of(cfg.optim.warmup))
 
 
-def view_spec(cfg: Config) -> ViewSpec:
+def view_spec(cfg: Config, clean: bool = False) -> ViewSpec:
+    """All views of an image; clean: with one more at the end, as evaluation sees the image."""
     views = cfg.views
     groups = [crops for crops in (views.global_, views.local) if crops.count]
-    jitter = views.jitter
+    jitter, size = views.jitter, size_pair(views.global_.size)
+    last = (ViewGroup(1, size, center=cfg.evaluate.crop),) if clean else ()
     return ViewSpec(
-        groups=tuple(ViewGroup(crops.count, size_pair(crops.size), crops.scale) for crops in groups),
+        groups=(*(ViewGroup(crops.count, size_pair(crops.size), crops.scale) for crops in groups), *last),
         channels=cfg.channels,
         ratio=views.ratio,
         flip=views.flip,
@@ -172,10 +179,25 @@ def view_spec(cfg: Config) -> ViewSpec:
         saturation=jitter.saturation,
         hue=jitter.hue,
         grayscale=views.grayscale,
-        blur=tuple(p for crops in groups for p in one_each(crops.blur, crops.count)),
+        blur=tuple(p for crops in groups for p in one_each(crops.blur, crops.count)) + (0.0,) * clean,
         blur_sigma=views.blur_sigma,
-        solarize=tuple(p for crops in groups for p in one_each(crops.solarize, crops.count)),
+        solarize=tuple(p for crops in groups for p in one_each(crops.solarize, crops.count)) + (0.0,) * clean,
+        randaugment=views.randaugment,
     )
+
+
+def make_mix(cfg: Config, spec: ViewSpec, data: dict[str, Any]) -> Mix | None:
+    """Mixup and cutmix of whole images with their labels. Raises UserError where these do not go together."""
+    if not (cfg.views.mixup or cfg.views.cutmix):
+        return None
+    if data["labelled"] < 1:
+        raise UserError("views.mixup and views.cutmix mix labels too: they need one for every image")
+    if spec.views != 1:
+        raise UserError(
+            f"views.mixup and views.cutmix mix one view an image, here are {spec.views}: "
+            f"set views.global.count=1 and views.local.count=0, or turn them off"
+        )
+    return Mix(cfg.views.mixup, cfg.views.cutmix, len(data["classes"]))
 
 
 def one_each(probabilities: list[float], count: int) -> list[float]:
@@ -260,38 +282,132 @@ def plain_arguments(settings: Settings, length: Length, prefix: str) -> dict[str
     return arguments
 
 
-def make_terms(cfg: Config, length: Length) -> dict[str, tuple[float, Term]]:
-    made = {}
+def term_class(name: str) -> type[Term]:
+    return getattr(term_module(name), name.title().replace("_", ""))
+
+
+def open_data(cfg: Config) -> Source:
+    """The images to train on, with the labels that may be used; without those that no term can learn from."""
+    source = open_source(cfg.data, cfg.channels)
+    if cfg.labelled < 1:
+        source.keep_labels(cfg.labelled, cfg.seed)
+    if source.labels() is None or any(term_class(name).unlabelled for name in cfg.terms):
+        return source
+    known = labelled_only(source)
+    if len(known) < len(source):
+        say(f"{len(known):,} of {len(source):,} images have a label; {', '.join(cfg.terms)} cannot use the others")
+    return known
+
+
+def make_terms(cfg: Config, length: Length) -> dict[str, tuple[Schedule, Term]]:
+    """{name: (weight, term)}, anchors first: companions lean on what those have said."""
+    made: dict[str, tuple[Schedule, Term]] = {}
     for name, tree in cfg.terms.items():
         module = term_module(name)
         arguments = plain_arguments(parse(module.Settings, tree), length, f"terms.{name}.")
         weight = arguments.pop("weight")
-        made[name] = (weight, getattr(module, name.title().replace("_", ""))(**arguments))
-    return made
+        made[name] = (weight, term_class(name)(**arguments))
+    if not any(weight(0.0) or weight(0.5) or weight(1.0) for weight, _ in made.values()):
+        raise UserError("terms: the weights add up to 0; give at least one term a weight above 0")
+    return dict(sorted(made.items(), key=lambda item: not item[1][1].anchor))
 
 
-def make_method(cfg: Config, backbone: Backbone, length: Length, device: torch.device) -> SelfDistillation:
-    """Student and teacher with equal weights, drawn from the seed alone, on the device."""
+def make_heads(
+    cfg: Config,
+    terms: dict[str, tuple[Schedule, Term]],
+    backbone: Backbone,
+    data: dict[str, Any],
+    teacher: Model | None,
+) -> dict[str, nn.Module]:
+    """The heads that the terms ask for; each finds out here whether it can work."""
     views = cfg.views.global_.count + cfg.views.local.count
-    if views < 2:
-        raise UserError(
-            "views: one crop an image leaves nothing to predict; set views.global.count=2 or views.local.count=8"
-        )
-    parts = make_terms(cfg, length)
     heads: dict[str, nn.Module] = {}
-    for _, term in parts.values():
-        heads = {**term.heads(backbone.width), **heads}
-    student = Network(backbone, heads)
-    momentum = make_schedule(cfg.teacher.momentum, length, "teacher.momentum")
-    method = SelfDistillation(student, copy.deepcopy(student), parts, momentum)
+    for _, term in terms.values():
+        given = Given(backbone, views, data["classes"], data["labelled"], heads, teacher)
+        heads = {**term.heads(given), **heads}
+    if not any(term.anchor for _, term in terms.values()):
+        raise UserError(f"terms: {', '.join(terms)} collapses when it stands alone: add terms.labels or terms.dino")
+    return heads
+
+
+def load_teacher(cfg: Config, data: dict[str, Any]) -> Model | None:
+    """The model of `teacher.init`, checked against the data: same channels, and the same classes where it knows any."""
+    if cfg.teacher.init is None:
+        return None
+    try:
+        teacher = load_model(cfg.teacher.init)
+    except UserError as error:
+        raise UserError(f"teacher.init={cfg.teacher.init}: {error}") from None
+    if not isinstance(teacher.backbone, Backbone):
+        raise UserError("teacher.init=pixels: raw pixels teach nothing; name a run, an export or timm:NAME")
+    if teacher.channels != cfg.channels:
+        raise UserError(
+            f"teacher.init={cfg.teacher.init} takes {teacher.channels} channel(s), the run has "
+            f"channels={cfg.channels}; set channels={teacher.channels}"
+        )
+    for note in teacher.notes:
+        say(f"teacher.init={cfg.teacher.init}: {note}")
+    if teacher.classes and data["classes"] and teacher.classes != data["classes"]:
+        theirs, ours = teacher.classes, data["classes"]
+        raise UserError(
+            f"teacher.init={cfg.teacher.init} knows other classes than data={cfg.data}: {len(theirs)} "
+            f"({some_of(theirs, ours)}) against {len(ours)} ({some_of(ours, theirs)}); use a teacher of the same "
+            f"classes, in the same order"
+        )
+    return teacher
+
+
+def some_of(names: list[str], others: list[str]) -> str:
+    only = [name for name in names if name not in others]
+    return f"only there: {', '.join(only[:3])}" if only else f"first: {', '.join(names[:3])}"
+
+
+def teacher_network(model: Model, data: dict[str, Any]) -> Network:
+    """A loaded teacher, fed with the run's own normalised images."""
+    assert isinstance(model.backbone, Backbone)
+    heads = {name: head for name, head in model.heads.items() if name == "classifier"}
+    if data["mean"] is None or (model.mean, model.std) == (data["mean"], data["std"]):
+        return Network(model.backbone, heads)
+    ours, theirs = (
+        [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in pair]
+        for pair in ((data["mean"], data["std"]), (model.mean, model.std))
+    )
+    factor, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
+    return Network(model.backbone, heads, (factor.float(), shift.float()))
+
+
+def make_method(
+    cfg: Config, backbone: Backbone, length: Length, device: torch.device, data: dict[str, Any] | None = None
+) -> SelfDistillation:
+    """Student and teacher on the device; the student's first weights are drawn from the seed alone.
+
+    data: what `run.describe` says of it; None: images without labels. Raises UserError where the terms, the teacher and
+    the data do not fit.
+    """
+    data = data or {"classes": None, "labelled": 0.0, "mean": None, "std": None}
+    parts, loaded = make_terms(cfg, length), load_teacher(cfg, data)
+    student = Network(backbone, make_heads(cfg, parts, backbone, data, loaded))
+    needs_teacher = any(need.startswith("teacher") for _, term in parts.values() for need in term.needs)
+    teacher, momentum = None, None
+    if loaded is not None:
+        if not needs_teacher:
+            raise UserError(
+                f"teacher.init={cfg.teacher.init}: no term learns from a teacher; add terms.born_again or distill"
+            )
+        teacher = teacher_network(loaded, data)
+    elif needs_teacher:
+        teacher = copy.deepcopy(student)
+        momentum = make_schedule(cfg.teacher.momentum, length, "teacher.momentum")
+    method = SelfDistillation(student, teacher, parts, momentum)
     if any(isinstance(module, _BatchNorm) for module in method.modules()):
         if world_size() > 1 and device.type != "cuda":
             say(f"warning: {cfg.model} has batch norm, which is not shared between ranks on {device.type}: "
                 f"the number of ranks changes the result")  # fmt: skip
         if cfg.accumulate > 1:
             say(f"warning: {cfg.model} has batch norm, which sees a part of the batch at a time: accumulate changes it")
-    backbone.use_fused_attention(device.type != "cpu")
-    method.teacher.backbone.use_fused_attention(device.type != "cpu")
+    networks = [student] if teacher is None else [student, teacher]
+    for network in networks:
+        network.backbone.use_fused_attention(device.type != "cpu")
     if cfg.precision == "fp64":
         if device.type == "mps":
             raise UserError("precision=fp64: MPS has no float64; use precision=fp32 or device=cpu")
@@ -300,6 +416,6 @@ def make_method(cfg: Config, backbone: Backbone, length: Length, device: torch.d
     if world_size() > 1 and device.type == "cuda":
         convert_sync_batchnorm(method)  # timm's knows batch norms with an activation inside; torch's would drop it
     if cfg.compile:
-        for network in (method.student, method.teacher):  # `pooled` is what a step calls, not `forward`
+        for network in networks:  # `pooled` is what a step calls, not `forward`
             network.backbone.pooled = torch.compile(network.backbone.pooled, dynamic=False)
     return method

@@ -93,6 +93,24 @@ def train(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: T
 
 
 @app.command(add_help_option=False, epilog=DATA)
+def generations(
+    config: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[
+        bool, help_option("\nSettings beside those of train.", lambda: class_settings("GenerationsSettings"))
+    ] = False,
+) -> None:
+    """Train born-again networks one after the other: dino-sd generations born_again generations=3."""
+    from dino_sd.build import load_config
+    from dino_sd.config import GenerationsSettings
+    from dino_sd.generations import generations as run
+
+    own = tuple(f"{name}=" for name in GenerationsSettings.model_fields)
+    chain = [pair for pair in pairs or [] if pair.startswith(own)]
+    run(load_config(config, [pair for pair in pairs or [] if pair not in chain]), settings(GenerationsSettings, chain))
+
+
+@app.command(add_help_option=False, epilog=DATA)
 def plan(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: TrainHelp = False) -> None:
     """Say what `train` would do and what it needs, and do none of it."""
     from dino_sd.build import load_config
@@ -120,7 +138,7 @@ def export(
     from dino_sd.export import export as run
 
     chosen = settings(ExportSettings, pairs)
-    run(model, chosen.out, chosen.format, chosen.network)
+    run(model, chosen.out, chosen.format, chosen.network, chosen.exit)
 
 
 JSON = typer.Option("--json", help="print one JSON object on stdout and nothing else there")
@@ -152,6 +170,20 @@ def linear(
     from dino_sd.evaluate import evaluate_linear
 
     evaluate_linear(model, settings(LinearSettings, pairs), json_only=json)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def evaluate(
+    model: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    json: Annotated[bool, JSON] = False,
+    help: Annotated[bool, help_option("\nSettings of evaluate.", lambda: class_settings("AccuracySettings"))] = False,
+) -> None:
+    """Accuracy of a model trained with labels, of its exits and of all together: dino-sd evaluate MODEL test=DATA."""
+    from dino_sd.config import AccuracySettings
+    from dino_sd.evaluate import evaluate_accuracy
+
+    evaluate_accuracy(model, settings(AccuracySettings, pairs), json_only=json)
 
 
 @bench_app.command("step")

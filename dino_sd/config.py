@@ -45,6 +45,13 @@ class Views(Settings):
     blur_sigma: tuple[float, float] = Field(
         default=(0.1, 2.0), description="standard deviation of the blur, pixels, from - to"
     )
+    randaugment: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, le=30)]] | None = Field(
+        default=None, description="RandAugment of every crop, [operations, magnitude of 0 to 30]; null: off"
+    )
+    mixup: float = Field(default=0.0, ge=0, description="alpha of mixup, for training with labels; 0: off")
+    cutmix: float = Field(
+        default=0.0, ge=0, description="alpha of cutmix; with mixup, one of the two for each batch; 0: off"
+    )
     mean: list[float] | None = Field(
         default=None, description="per channel, pixels from 0 to 1; null: measured on the data"
     )
@@ -57,6 +64,19 @@ class Teacher(Settings):
     momentum: Annotated[Curve, between(0, 1)] = Field(
         default_factory=lambda: Curve(start=0.996, end=1.0), description="share of the teacher kept at each step"
     )
+    init: str | None = Field(
+        default=None,
+        description="a teacher of its own that does not move: a run, a checkpoint, an export or timm:NAME; "
+        "null: a copy of the student that follows it",
+    )
+
+    @model_validator(mode="after")
+    def _frozen(self) -> "Teacher":
+        if self.init is None:
+            return self
+        if "momentum" in self.model_fields_set and (self.momentum.start, self.momentum.end) != (1, 1):
+            raise ValueError(f"teacher.init={self.init} does not move: leave teacher.momentum out")
+        return self.model_copy(update={"momentum": Curve(start=1, end=1)})
 
 
 class Optim(Settings):
@@ -76,9 +96,9 @@ class Optim(Settings):
 
 class Evaluate(Settings):
     every: Duration | None = Field(
-        default=None, description="k-NN on `test` this often, and before the first step; duration"
+        default=None, description="accuracy on `test` this often, and before the first step; duration"
     )
-    train: str | None = Field(default=None, description="labelled set that votes: DATA")
+    train: str | None = Field(default=None, description="labelled set that votes in k-NN: DATA")
     test: str | None = Field(default=None, description="labelled set that is judged: DATA")
     k: int = Field(default=20, ge=1, description="neighbours that vote")
     temperature: float = Field(default=0.07, gt=0, description="a vote weighs exp(similarity / temperature)")
@@ -89,9 +109,9 @@ class Evaluate(Settings):
     batch_size: int = Field(default=256, ge=1, description="images at a time")
 
     @model_validator(mode="after")
-    def _both_sets(self) -> "Evaluate":
-        if self.every is not None and (self.train is None or self.test is None):
-            raise ValueError("evaluate.every needs labelled sets: set evaluate.train and evaluate.test")
+    def _sets(self) -> "Evaluate":
+        if self.every is not None and self.test is None:
+            raise ValueError("evaluate.every needs labelled sets: set evaluate.test, and evaluate.train for k-NN")
         return self
 
 
@@ -123,6 +143,9 @@ class Config(Settings):
         default=None, description="start from these weights: timm:NAME, a run, a checkpoint or an export"
     )
     data: str = Field(default="fashion-mnist-mini:train", description="images to train on: DATA")
+    labelled: float = Field(
+        default=1.0, gt=0, le=1, description="share of each class's images whose label is used; the rest has none"
+    )
     out: str = Field(default="runs/dino", description="folder of the run")
     seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run derives from it")
     epochs: float | None = Field(default=None, gt=0, description="length of the run in passes over the data")
@@ -173,10 +196,9 @@ class Config(Settings):
         return self
 
 
-class EvaluatorSettings(Settings):
-    """What every evaluator of a frozen backbone takes."""
+class JudgeSettings(Settings):
+    """What everything takes that judges a frozen model."""
 
-    train: str = Field(description="labelled set to learn from: DATA")
     test: str = Field(description="labelled set that is judged: DATA")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto", description="loader processes a rank"
@@ -186,8 +208,28 @@ class EvaluatorSettings(Settings):
     network: Literal["teacher", "student"] | None = Field(
         default=None, description="of a checkpoint; null: the run's result"
     )
-    channels: Literal[1, 3] | None = Field(default=None, description="for MODEL `pixels` only: gray or RGB; null: 3")
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
     out: str | None = Field(default=None, description="JSON file; null: evaluations/ beside the model")
+
+
+class EvaluatorSettings(JudgeSettings):
+    """What every evaluator of a frozen backbone takes."""
+
+    train: str = Field(description="labelled set to learn from: DATA")
+    channels: Literal[1, 3] | None = Field(default=None, description="for MODEL `pixels` only: gray or RGB; null: 3")
+
+
+class AccuracySettings(JudgeSettings):
+    """Accuracy of a model's own classifiers, exits and their ensemble."""
+
+    batch_size: int = Field(default=256, ge=1, description="images at a time")
+
+
+class GenerationsSettings(Settings):
+    """A chain of born-again runs."""
+
+    generations: int = Field(default=3, ge=1, description="born-again runs after the first, which learns from labels")
+    stop_early: bool = Field(default=False, description="stop after a generation that is no better than its parent")
 
 
 class KnnSettings(EvaluatorSettings):
@@ -231,3 +273,4 @@ class ExportSettings(Settings):
     network: Literal["teacher", "student"] | None = Field(
         default=None, description="of a checkpoint; null: the run's result"
     )
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block alone, from 1")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_sd.data.evaluation import NO_LABEL, eval_batches
+from dino_sd.data.evaluation import eval_batches
 from dino_sd.data.geometry import make_views
 from dino_sd.data.source import Source
 from dino_sd.data.views import ViewGroup, ViewSpec
@@ -16,6 +16,7 @@ from dino_sd.distributed import all_gather_rows, rank, world_size
 from dino_sd.errors import UserError
 from dino_sd.models.backbone import Backbone, Features
 from dino_sd.models.pixels import Pixels
+from dino_sd.shapes import NO_LABEL
 
 Pool = Literal["default", "cls", "mean", "cls+mean"]
 
@@ -34,6 +35,7 @@ def embed(
     precision: Literal["bf16", "fp32"] = "fp32",
     layers: Sequence[int] = (),
     pool: Pool = "default",
+    of: Callable[[Tensor], Tensor] | None = None,
     augment: tuple[int, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,7 @@ def embed(
     The backbone (on `device` already) runs in eval mode. Each rank works on its share and ends with everything.
     size: (height, width) in pixels; crop: share of the resized image that is kept; mean, std: per channel, pixels from
     0 to 1. layers: blocks whose pooled outputs are concatenated, () for the model's own output; pool: as in `pooled`.
+    of: anything else to be had from a batch of normalised images, (N, D), such as logits; in place of layers and pool.
     augment: (seed, epoch) of random resized crops and flips in place of the centre crop. progress: called with
     (images done, images in all) of this rank. Raises UserError where an image cannot be read.
     """
@@ -57,7 +60,7 @@ def embed(
     def features_of(images_BCHW: Tensor) -> Tensor:
         images_BCHW = images_BCHW.to(device, non_blocking=True).to(dtype).div_(255).sub_(mean_C11).div_(std_C11)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return pooled(backbone(images_BCHW, layers), pool)
+            return pooled(backbone(images_BCHW, layers), pool) if of is None else of(images_BCHW)
 
     was_training = backbone.training
     backbone.eval()

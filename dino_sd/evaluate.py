@@ -1,4 +1,6 @@
-"""How good a frozen backbone is on labelled images: k-NN and a linear probe, as a table, a JSON file and on stdout."""
+"""How good a frozen model is on labelled images: k-NN, a linear probe, and the accuracy of its own classifiers.
+
+As a table, a JSON file and on stdout."""
 
 import json
 import os
@@ -16,15 +18,19 @@ from rich.table import Table
 from torch import Tensor
 
 from dino_sd import __version__
-from dino_sd.config import KnnSettings, LinearSettings
+from dino_sd.config import AccuracySettings, EvaluatorSettings, JudgeSettings, KnnSettings, LinearSettings
 from dino_sd.data.loader import auto_workers
 from dino_sd.data.source import Source, open_source
 from dino_sd.distributed import is_main, local_world_size, say, setup, world_size
 from dino_sd.embed import embed, last_blocks
 from dino_sd.errors import UserError
+from dino_sd.evaluators.accuracy import scores_of
 from dino_sd.evaluators.knn import knn
 from dino_sd.evaluators.linear import linear_probe
-from dino_sd.load import Model, load_model
+from dino_sd.load import load_model
+from dino_sd.method import Network
+from dino_sd.models.backbone import Backbone
+from dino_sd.models.model import Model
 from dino_sd.settings import plain
 
 OWN_SIZE_UP_TO = 64  # pixels; raw pixels of larger images are compared at 32 x 32
@@ -80,16 +86,67 @@ def evaluate_linear(spec: str | Path | Model, settings: LinearSettings, json_onl
     return report
 
 
-def prepare(spec: str | Path | Model, device: torch.device, settings: KnnSettings | LinearSettings) -> Model:
+def evaluate_accuracy(spec: str | Path | Model, settings: AccuracySettings, json_only: bool = False) -> dict[str, Any]:
+    """Accuracy of the classifier that a model was trained with, of its exits and of all of them together.
+
+    Returns what is written, with the accuracy of every class. Ranks, printing and errors as in `evaluate_knn`.
+    """
+    began = time.perf_counter()
+    device = setup(settings.device)
+    model = prepare(spec, device, settings)
+    test = open_source(settings.test, model.channels)
+    logits, labels_N = class_logits(model, test, device, settings)
+    scores = scores_of(logits, labels_N)
+    results = [{"output": name, "top1": result.top1, "top5": result.top5} for name, result in scores.items()]
+    per_class = scores["classifier"].per_class
+    names = model.classes or [str(label) for label in range(len(per_class))]
+    report = describe("accuracy", model, model.size, settings, None, test, results, began)
+    report["per_class"] = dict(zip(names, per_class, strict=True))
+    deliver(report, model, settings.out, json_only)
+    return report
+
+
+def class_logits(
+    model: Model, test: Source, device: torch.device, settings: AccuracySettings
+) -> tuple[dict[str, Tensor], Tensor]:
+    """({output: (N, C)}, labels_N) of a model's classifier and exits, on the CPU.
+
+    Raises UserError for a model without classes, a set without labels, and other classes.
+    """
+    if not isinstance(model.backbone, Backbone) or "classifier" not in model.heads:
+        raise UserError(
+            f"MODEL {model.description} knows no classes: it was trained without labels; judge it with knn or linear"
+        )
+    if test.labels() is None:
+        raise UserError(f"test={test.name} has no labels; evaluation needs them, e.g. one folder a class")
+    if model.classes and test.classes and model.classes != test.classes:
+        differing = sorted({*model.classes} ^ {*test.classes})[:3] or ["none, but their order"]
+        raise UserError(
+            f"test={test.name} has {len(test.classes)} classes, the model knows {len(model.classes)}; not in both: "
+            f"{', '.join(differing)}"
+        )
+    network = Network(model.backbone, model.heads)
+
+    def logits_of(images: Tensor) -> Tensor:
+        outputs = network([images], len(images)).outputs
+        return torch.cat([outputs[name][0].float() for name in model.heads], 1)
+
+    features = Embedding(model, device, settings)
+    logits_NX, labels_N = features(test, "test", of=logits_of)
+    return dict(zip(model.heads, logits_NX.chunk(len(model.heads), 1), strict=True)), labels_N
+
+
+def prepare(spec: str | Path | Model, device: torch.device, settings: JudgeSettings) -> Model:
     model = spec
     if not isinstance(model, Model):
-        model = load_model(model, device, network=settings.network, channels=settings.channels)
+        channels = getattr(settings, "channels", None)
+        model = load_model(model, device, network=settings.network, channels=channels, exit=settings.exit)
     for note in model.notes:
         say(f"{model.description}: {note}")
     return model
 
 
-def labelled_pair(model: Model, settings: KnnSettings | LinearSettings) -> tuple[Source, Source]:
+def labelled_pair(model: Model, settings: EvaluatorSettings) -> tuple[Source, Source]:
     """Both sources, opened with the model's channels and checked: labels, and the same classes."""
     train, test = (open_source(data, model.channels) for data in (settings.train, settings.test))
     for name, source in (("train", train), ("test", test)):
@@ -119,14 +176,21 @@ def number_of_classes(*sources: Source) -> int:
 class Embedding:
     """`embed` with a model's and the settings' arguments, and a progress bar on a terminal."""
 
-    def __init__(self, model: Model, device: torch.device, settings: KnnSettings | LinearSettings):
+    def __init__(self, model: Model, device: torch.device, settings: JudgeSettings):
         self.model, self.device, self.settings, self.size = model, device, settings, model.size
-        self.arguments: dict[str, Any] = {"batch_size": getattr(settings, "embed_batch_size", settings.batch_size)}
+        size = getattr(settings, "embed_batch_size", None) or getattr(settings, "batch_size", 256)
+        self.arguments: dict[str, Any] = {"batch_size": size}
         if isinstance(settings, LinearSettings):
             layers = () if settings.pool == "mean" else last_blocks(model.backbone, settings.blocks)
             self.arguments |= {"layers": layers, "pool": settings.pool}
 
-    def __call__(self, source: Source, label: str, augment: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        source: Source,
+        label: str,
+        augment: tuple[int, int] | None = None,
+        of: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         model, workers = self.model, self.settings.workers
         if workers == "auto":
             workers = auto_workers(self.device.type, local_world_size(), source.stack is not None)
@@ -135,7 +199,7 @@ class Embedding:
             return embed(
                 model.backbone, source, size=self.size, crop=model.crop, mean=model.mean, std=model.std,
                 device=self.device, workers=workers, precision=self.settings.precision, augment=augment,
-                progress=progress, **self.arguments,
+                of=of, progress=progress, **self.arguments,
             )  # fmt: skip
 
 
@@ -159,8 +223,8 @@ def describe(
     evaluator: str,
     model: Model,
     size: tuple[int, int] | None,
-    settings: KnnSettings | LinearSettings,
-    train: Source,
+    settings: JudgeSettings,
+    train: Source | None,
     test: Source,
     results: list[dict[str, Any]],
     began: float,
@@ -168,8 +232,8 @@ def describe(
     """All one needs to get the same numbers again, and the numbers (percent)."""
     return {
         "evaluator": evaluator, "model": model.description, "results": results,
-        "classes": number_of_classes(train, test),
-        "train": {"data": train.name, "images": len(train), "fingerprint": train.fingerprint()},
+        "classes": number_of_classes(*([train] if train else []), test),
+        "train": train and {"data": train.name, "images": len(train), "fingerprint": train.fingerprint()},
         "test": {"data": test.name, "images": len(test), "fingerprint": test.fingerprint()},
         "images": {"size": size, "crop": model.crop, "mean": model.mean, "std": model.std, "channels": model.channels},
         "settings": plain(settings), "provenance": model.provenance,
@@ -195,18 +259,26 @@ def deliver(report: dict[str, Any], model: Model, out: str | None, json_only: bo
 def print_table(console: Console, report: dict[str, Any]) -> None:
     train, test = report["train"], report["test"]
     table = Table()
+    if train is None:
+        trained = "its own classifiers"
+    else:
+        trained = f"trained on {train['images']:,} labelled images of {train['data']}"
     columns = [name for name in report["results"][0] if name != "top5" or report["classes"] > 5]
     for name in columns:
         table.add_column({"top1": "top-1 %", "top5": "top-5 %"}.get(name, name), justify="right")
     for row in report["results"]:
-        table.add_row(*(f"{row[name]:.2f}" if name.startswith("top") else f"{row[name]:g}" for name in columns))
+        table.add_row(*(shown(name, row[name]) for name in columns))
     console.print(f"{report['evaluator']} of {report['model']}", soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     console.print(
-        f"trained on {train['images']:,} labelled images of {train['data']}, judged on {test['images']:,} of "
+        f"{trained}, judged on {test['images']:,} of "
         f"{test['data']}; {report['classes']} classes; {report['seconds']} s",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
+
+
+def shown(name: str, value: Any) -> str:
+    return f"{value:.2f}" if name.startswith("top") else value if isinstance(value, str) else f"{value:g}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,16 +1,19 @@
 """MODEL on the command line -> a frozen backbone with all that is needed to feed it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from dino_sd import __version__, checkpoint
 from dino_sd.errors import UserError
 from dino_sd.models.backbone import Backbone
+from dino_sd.models.heads import Classifier, Exit, classifiers, exit_norms
+from dino_sd.models.model import Model
 from dino_sd.models.pixels import Pixels
 from dino_sd.models.weights import load_into, read_weights
 from dino_sd.settings import size_pair
@@ -18,37 +21,20 @@ from dino_sd.settings import size_pair
 EXPECTED = "a run folder, a checkpoint file, an export folder, timm:NAME, or pixels"
 
 
-@dataclass(frozen=True)
-class Model:
-    """A frozen backbone in eval mode and the images it expects.
-
-    size: (height, width) in pixels, None where the data decides; crop: share of the resized image's side that is kept;
-    mean, std: per channel, pixels from 0 to 1. description: one line for people. provenance: where the weights come
-    from, plain values. folder: where results belong, if anywhere. notes: what had to be adapted, to be said.
-    """
-
-    backbone: Backbone | Pixels
-    size: tuple[int, int] | None
-    crop: float
-    mean: list[float]
-    std: list[float]
-    description: str
-    provenance: dict[str, Any]
-    folder: Path | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def channels(self) -> int:
-        return self.backbone.channels
-
-
 def load_model(
-    spec: str | Path, device: torch.device | str = "cpu", *, network: str | None = None, channels: int | None = None
+    spec: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    network: str | None = None,
+    channels: int | None = None,
+    exit: int | None = None,
 ) -> Model:
     """The model that MODEL names, on the device.
 
     network: "teacher" or "student" of a run, default the one that is its result. channels: of `pixels` only.
-    Raises UserError where there is nothing of this name, or where it does not fit together.
+    exit: the shallow network that ends after this block (or stage, from 1), with the norm and classifier of the exit
+    that was trained there, if one was. Raises UserError where there is nothing of this name, or where it does not fit
+    together.
     """
     path = Path(spec)
     if str(spec) == "pixels":
@@ -66,8 +52,28 @@ def load_model(
         model = _from_checkpoint(path, network)
     else:
         raise UserError(f"MODEL {spec!s} does not exist; expected {EXPECTED}")
-    model.backbone.to(device).eval().requires_grad_(False)
+    if exit is not None:
+        model = shallow(model, exit)
+    for module in (model.backbone, *model.heads.values()):
+        module.to(device).eval().requires_grad_(False)
     return model
+
+
+def shallow(model: Model, exit: int) -> Model:
+    """The part of a model up to the block `exit`. Raises UserError where there is none."""
+    if not isinstance(model.backbone, Backbone):
+        raise UserError("exit: raw pixels have no blocks to stop at")
+    backbone = model.backbone.cut_(exit)
+    heads: dict[str, nn.Module] = {}
+    trained, norm = model.heads.get(f"exit_{exit}"), model.norms.get(exit)
+    if isinstance(trained, Exit) and (folded := trained.folded()) is not None:
+        heads["classifier"] = folded
+    if norm is not None and hasattr(backbone.model, "norm"):
+        backbone.model.norm = norm
+    elif norm is not None and heads:  # a ResNet has no place for it
+        heads["classifier"] = nn.Sequential(norm, heads["classifier"])
+    description = f"{model.description}, up to block {exit}"
+    return replace(model, backbone=backbone, heads=heads, description=description, norms={})
 
 
 def _pixels(channels: int) -> Model:
@@ -83,6 +89,8 @@ def _from_checkpoint(path: Path, network: str | None) -> Model:
     backbone = Backbone(
         config["model"], size=trained_size, channels=config["channels"], model_args=config.get("model_args")
     )
+    if not state[network]:
+        raise UserError(f"network={network}: {path} has none; its terms needed no teacher")
     weights = {key: value for key, value in state[network].items() if key.startswith("backbone.")}
     notes = load_into(backbone, weights, source=str(path))
     evaluate = config.get("evaluate") or {}
@@ -96,11 +104,15 @@ def _from_checkpoint(path: Path, network: str | None) -> Model:
         f"{config['model']}, {network} at step {state['step']} of {state['steps']} ({path})",
         {
             "checkpoint": str(path), "network": network, "step": state["step"], "steps": state["steps"],
+            "scores": state.get("scores", {}),
             "config": config, "data": {key: value for key, value in data.items() if key != "classes"},
             "versions": {"dino_sd": __version__, "torch": torch.__version__, "timm": timm.__version__},
         },
         run,
         notes,
+        classifiers(state[network]),
+        data["classes"],
+        exit_norms(state[network]),
     )  # fmt: skip
 
 
@@ -116,10 +128,16 @@ def _from_export(folder: Path) -> Model:
     args = {key: value for key, value in args.items() if key not in ("in_chans", "num_classes")}
     made_for = _pair(args.pop("img_size", size))
     backbone = Backbone(name, size=made_for, channels=channels, model_args=args)
-    notes = load_into(backbone, read_weights(folder / "model.safetensors"), source=str(folder))
+    weights, heads, classes = read_weights(folder / "model.safetensors"), {}, config.get("label_names")
+    prefix = f"{backbone.model.pretrained_cfg.get('classifier')}."
+    if classes and f"{prefix}weight" in weights:
+        heads["classifier"] = Classifier(backbone.width, len(classes))
+        own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefix)}
+        heads["classifier"].load_state_dict({key.removeprefix(prefix): value for key, value in own.items()})
+    notes = load_into(backbone, weights, source=str(folder))
     description = f"{name}, export {folder}"
     provenance = {"export": str(folder), **(config.get("dino_sd") or {})}
-    return Model(backbone, size, crop, mean, std, description, provenance, folder, notes)
+    return Model(backbone, size, crop, mean, std, description, provenance, folder, notes, heads, classes)
 
 
 def _from_timm(name: str) -> Model:

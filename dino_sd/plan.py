@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dino_sd import build, checkpoint
 from dino_sd.config import Config
-from dino_sd.data.source import open_source
 from dino_sd.distributed import is_main, pick_device, world_size
 from dino_sd.log import duration
 from dino_sd.method import SelfDistillation
+from dino_sd.run import labelled_share
 from dino_sd.speed import matmul_speed
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}
@@ -28,9 +28,10 @@ def plan(cfg: Config) -> None:
     """Prints the run's length, sizes, memory and compute. Settings, model and data are checked as `train` does it."""
     device = pick_device(cfg.device)
     backbone = build.make_backbone(cfg, cfg.drop_path)
-    source = open_source(cfg.data, cfg.channels)
+    source = build.open_data(cfg)
     length = build.length_of(cfg, len(source))
-    method = build.make_method(cfg.model_copy(update={"compile": False}), backbone, length, torch.device("cpu"))
+    data = {"classes": source.classes, "labelled": labelled_share(source), "mean": cfg.views.mean, "std": cfg.views.std}
+    method = build.make_method(cfg.model_copy(update={"compile": False}), backbone, length, torch.device("cpu"), data)
     build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
     flops, activations = probe(method, cfg)
     micro = cfg.batch_size // (cfg.accumulate * world_size())
@@ -40,13 +41,14 @@ def plan(cfg: Config) -> None:
     speed = matmul_speed(device, cfg.precision)
     seconds = flops * images / (speed * world_size() * USUAL_SHARE)
     newest = checkpoint.newest(Path(cfg.out))
-    crops = [f"{g.count} x {g.size[0]}x{g.size[1]}" for g in build.view_spec(cfg).groups]
+    crops = [f"{g.count} x {g.size[0]}x{g.size[1]}" for g in build.view_spec(cfg, method.wants_clean).groups]
     peak = cfg.optim.lr * cfg.batch_size / 256
     rows = [
         ("model", f"{cfg.model}: backbone {count(sum(p.numel() for p in backbone.parameters()))} parameters, "
                   f"heads {count(parameters - sum(p.numel() for p in backbone.parameters()))}"),
         ("data", f"{cfg.data}: {len(source):,} images, "
-                 + (f"{len(source.classes)} classes (not used)" if source.classes else "no labels")),
+                 + (f"{len(source.classes)} classes, {data['labelled']:.0%} labelled" if source.classes
+                    else "no labels")),
         ("views", f"{' + '.join(crops)} an image, {cfg.channels} channel(s)"),
         ("length", f"{length.steps:,} steps of {cfg.batch_size} = {images:,} images = "
                    f"{length.steps / length.steps_per_epoch:.4g} epochs of {length.steps_per_epoch:,} steps"),
@@ -94,7 +96,7 @@ def _probe(method: SelfDistillation, cfg: Config, images: int) -> tuple[float, f
     ]
     groups = [
         torch.randn(images * group.count, cfg.channels, *group.size, generator=torch.Generator().manual_seed(0))
-        for group in build.view_spec(cfg).groups
+        for group in build.view_spec(cfg, method.wants_clean).groups
     ]
     if cfg.precision == "fp64":
         groups = [crops.double() for crops in groups]

@@ -21,6 +21,7 @@ from dino_sd.data.statistics import mean_std
 from dino_sd.distributed import barrier, is_main, world_size
 from dino_sd.errors import UserError
 from dino_sd.settings import differences, plain
+from dino_sd.shapes import NO_LABEL
 
 # Settings that a run may change when it goes on: they move no number of it by more than rounding. (That the images at
 # `data` are still the same ones, wherever they lie now, is checked by their fingerprint.)
@@ -28,15 +29,20 @@ FREE_TO_CHANGE = ("out", "data", "workers", "device", "compile", "log", "checkpo
 
 
 def describe(source: Source, cfg: Config) -> dict[str, Any]:
-    """What a checkpoint says of the data."""
+    """What a checkpoint says of the data. labelled: share of the images that have a label."""
     mean, std = cfg.views.mean, cfg.views.std
     if mean is None or std is None:
         measured_mean, measured_std = mean_std(source)
         mean, std = mean or measured_mean, std or measured_std
     return {
         "images": len(source), "mean": list(mean), "std": list(std), "classes": source.classes,
-        "fingerprint": source.fingerprint(),
+        "labelled": labelled_share(source), "fingerprint": source.fingerprint(),
     }  # fmt: skip
+
+
+def labelled_share(source: Source) -> float:
+    labels_N = source.labels()
+    return 0.0 if labels_N is None else float((labels_N != NO_LABEL).mean())
 
 
 def check_same_run(resumed: dict[str, Any], run: Path, cfg: Config, source: Source) -> None:

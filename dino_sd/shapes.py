@@ -6,3 +6,5 @@ L  blocks of a backbone     P  patches (or cells of a feature map)
 D  width of a feature       K  prototypes
 C  classes, or channels     H, W  height and width in pixels
 """
+
+NO_LABEL = -1  # stands in labels_B for an image without one

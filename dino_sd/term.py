@@ -1,34 +1,89 @@
 """The interface of a term, one summand of the loss. A term is a file in dino_sd/terms with a class `Settings` and a
 class named like the file (`born_again.py`: `BornAgain`)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
+
+from dino_sd.errors import UserError
+from dino_sd.models.backbone import Backbone
+from dino_sd.models.model import Model
+
+
+class Objective(NamedTuple):
+    """How an anchor judges the outputs of its head, for others who learn the same thing by other outputs.
+
+    loss: (V, B, K) of all views to a scalar. temperature: what the anchor divides such outputs by.
+    """
+
+    loss: Callable[[Tensor], Tensor]
+    temperature: float = 1.0
 
 
 @dataclass
 class Seen:
     """What one network saw of a step's views, global views first.
 
-    pooled: (B, D) for each view. outputs: for each head, (V, B, K). labels_B: int64, or None.
+    pooled: (B, D) for each view. outputs: for each head, (V, B, K). labels: int64 (B,) with -1 for none, or
+    probabilities (B, C), or None. clean: the same of the clean image, one view, no gradient, where a term needs it.
+    objectives: what the anchors said, by head.
     """
 
-    pooled: list[Tensor]
-    outputs: dict[str, Tensor]
-    labels_B: Tensor | None = None
+    pooled: list[Tensor] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    clean: "Seen | None" = None
+    objectives: dict[str, Objective] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a run has for its terms. Here a term finds out whether it can work, and raises UserError where it cannot.
+
+    views: crops of an image. classes: their names, None without labels; labelled: share of the images that have one.
+    heads: those that the anchors asked for so far. teacher: the model that `teacher.init` names.
+    """
+
+    backbone: Backbone
+    views: int = 1
+    classes: list[str] | None = None
+    labelled: float = 1.0
+    heads: dict[str, nn.Module] = field(default_factory=dict)
+    teacher: Model | None = None
+
+    def anchor(self, term: str) -> tuple[str, nn.Module]:
+        """The head that a companion leans on: the first whose anchor states an objective, which can be made `small`.
+
+        Raises UserError where there is none: what learns from itself alone learns to say the same of every image.
+        """
+        for name, head in self.heads.items():
+            if hasattr(head, "small"):
+                return name, head
+        raise UserError(f"terms.{term} collapses when it stands alone: add an anchor, terms.labels or terms.dino")
 
 
 class Term(nn.Module):
-    """Owns its buffers (the DINO centre). `signs` holds what it noticed at the last step, as detached scalars."""
+    """Owns its buffers (the DINO centre). `signs` holds what it noticed at the last step, as detached scalars.
 
+    anchor: it has a target of its own, so that it does not collapse when it stands alone; anchors are asked first.
+    needs: what it reads beside the student: "teacher", and what either saw of the clean image, "teacher.clean" and
+    "student.clean".
+    unlabelled: it learns from images without a label too.
+    """
+
+    anchor: bool = False
+    needs: frozenset[str] = frozenset({"teacher"})
+    unlabelled: bool = True
     signs: dict[str, Tensor]
 
     def __init__(self) -> None:
         super().__init__()
         self.signs = {}
 
-    def heads(self, width: int) -> dict[str, nn.Module]:
-        """Heads that the term needs, given to student and teacher alike; a head named twice is shared."""
+    def heads(self, given: Given) -> dict[str, nn.Module]:
+        """Heads that the term needs; a head named twice is shared. One with an attribute `exit` reads that block."""
         return {}
 
     def forward(self, student: Seen, teacher: Seen, t: float) -> Tensor:

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from dino_sd import build, checkpoint
 from dino_sd.allocator import return_free_memory, reuse_freed_memory
 from dino_sd.config import Config
 from dino_sd.data.loader import Batches, auto_workers
+from dino_sd.data.mix import Mix
 from dino_sd.data.photometry import Photometry
-from dino_sd.data.source import open_source
 from dino_sd.distributed import (
     agree,
     all_reduce_mean_,
@@ -28,15 +27,11 @@ from dino_sd.distributed import (
     setup,
     world_size,
 )
-from dino_sd.embed import embed
-from dino_sd.errors import UserError
-from dino_sd.evaluators.knn import knn
 from dino_sd.log import Log
-from dino_sd.method import SelfDistillation
-from dino_sd.models.backbone import Backbone
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
 from dino_sd.run import check_same_run, claim, describe
-from dino_sd.settings import plain, size_pair
+from dino_sd.settings import plain
+from dino_sd.validation import Validation
 
 
 def train(cfg: Config) -> Path:
@@ -50,7 +45,7 @@ def train(cfg: Config) -> Path:
     run = Path(cfg.out)
     resumed = checkpoint.newest_good(run)
     backbone = build.make_backbone(cfg, cfg.drop_path, resuming=resumed is not None)
-    source = open_source(cfg.data, cfg.channels)
+    source = build.open_data(cfg)
     length = build.length_of(cfg, len(source))
     if resumed:
         check_same_run(resumed, run, cfg, source)
@@ -60,9 +55,10 @@ def train(cfg: Config) -> Path:
         say(f"{run} is finished ({start} steps); nothing to do")
         return checkpoint.path_of(run, start)
 
-    method = build.make_method(cfg, backbone, length, device)
-    optimizer = make_optimizer(cfg.optim.name, method.student)
     data = resumed["data"] if resumed else describe(source, cfg)
+    method = build.make_method(cfg, backbone, length, device, data)
+    optimizer = make_optimizer(cfg.optim.name, method.student)
+    scores = resumed["scores"] if resumed else {}
     window = Window()
     if resumed:
         method.student.load_state_dict(resumed["student"])
@@ -80,7 +76,7 @@ def train(cfg: Config) -> Path:
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(method, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    spec = build.view_spec(cfg)
+    spec = build.view_spec(cfg, method.wants_clean)
     workers = cfg.workers
     if workers == "auto":
         workers = auto_workers(device.type, local_world_size(), source.stack is not None)
@@ -90,11 +86,12 @@ def train(cfg: Config) -> Path:
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
-    views = on_device(batches, Photometry(spec, data["mean"], data["std"]), device, dtype)
+    photometry, mix = Photometry(spec, data["mean"], data["std"]), build.make_mix(cfg, spec, data)
+    views = on_device(batches, photometry, mix, device, dtype)
     learning_rate = build.learning_rate(cfg, length)
     weight_decay = build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
     parameters = list(method.student.parameters())
-    evaluate = Evaluation(cfg, device, data)
+    evaluate = Validation(cfg, method, device, data)
     claim(run, cfg)  # everything that can be wrong with the settings has been found by now
     log = Log(
         run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
@@ -102,7 +99,8 @@ def train(cfg: Config) -> Path:
     due = Due(cfg, length)
     saved = checkpoint.path_of(run, start)
     if due.evaluate(0) and start == 0:
-        log.write(0, evaluate(method))
+        scores = evaluate(method)
+        log.write(0, scores)
 
     for step in range(start, length.steps):
         t = step / length.steps
@@ -110,12 +108,12 @@ def train(cfg: Config) -> Path:
         torch.manual_seed(seed_of(cfg.seed, step, rank()))  # dropout and drop-path = f(seed, step, rank)
         for part in range(cfg.accumulate):
             with window.waiting():
-                groups, batch, labels_B = next(views)
+                groups, batch, labels = next(views)
             last = part == cfg.accumulate - 1
             synced = nullcontext() if last or model is method else model.no_sync()  # pyright: ignore
             with synced:
                 with autocast:
-                    losses = model(groups, batch, labels_B, t)
+                    losses = model(groups, batch, labels, t)
                 loss = sum(losses.values()) / cfg.accumulate
                 loss.backward()  # pyright: ignore
             window.add({"loss": loss.detach() * cfg.accumulate, **method.signs}, 1 / cfg.accumulate)  # pyright: ignore
@@ -135,7 +133,8 @@ def train(cfg: Config) -> Path:
             log.write(done, {**window.means(), "lr": learning_rate(t), "epoch": done / length.steps_per_epoch})
             log.progress(done)
         if due.evaluate(done) or (final and due.evaluates):
-            log.write(done, evaluate(method))
+            scores = evaluate(method)
+            log.write(done, scores)
             log.progress(done)
             window.restart_clock()
         if due.checkpoint(done) or final:
@@ -147,6 +146,7 @@ def train(cfg: Config) -> Path:
                     "result": method.result, "student": method.student.state_dict(),
                     "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
                     "optimizer": optimizer.state_dict(), "window": window.sums, "window_steps": window.steps,
+                    "scores": scores,
                 }  # fmt: skip
                 checkpoint.save(saved, state)
                 checkpoint.prune(run, cfg.checkpoint.keep, due.milestone)
@@ -214,46 +214,8 @@ class Due:
         return done % self.checkpoint_every == 0 or bool(self.milestone and done % self.milestone == 0)
 
 
-class Evaluation:
-    """k-NN of the result so far, on the labelled sets of the config."""
-
-    def __init__(self, cfg: Config, device: torch.device, data: dict[str, Any]):
-        self.settings = cfg.evaluate
-        if cfg.evaluate.every is None:
-            return
-        self.sources = [open_source(str(name), cfg.channels) for name in (cfg.evaluate.train, cfg.evaluate.test)]
-        for name, source in zip(("train", "test"), self.sources, strict=True):
-            if source.labels() is None:
-                raise UserError(f"evaluate.{name}={getattr(cfg.evaluate, name)} has no labels; use class folders")
-        train, test = (len(source.classes or ()) for source in self.sources)
-        if train != test:
-            raise UserError(
-                f"evaluate.train has {train} classes, evaluate.test {test}; k-NN needs the same ones in both"
-            )
-        workers = cfg.workers
-        if workers == "auto":
-            workers = auto_workers(device.type, local_world_size(), all(s.stack is not None for s in self.sources))
-        self.arguments: dict[str, Any] = {
-            "size": size_pair(cfg.evaluate.size or cfg.views.global_.size), "crop": cfg.evaluate.crop,
-            "mean": data["mean"], "std": data["std"], "device": device, "batch_size": cfg.evaluate.batch_size,
-            "workers": workers,
-            "precision": "bf16" if cfg.precision == "bf16" else "fp32",
-        }  # fmt: skip
-
-    def __call__(self, method: SelfDistillation) -> dict[str, float]:
-        backbone: Backbone = getattr(method, method.result).backbone
-        (train_ND, train_labels), (test_ND, test_labels) = (
-            embed(backbone, source, **self.arguments) for source in self.sources
-        )
-        method.train()
-        k = min(self.settings.k, len(train_ND))
-        train_ND = train_ND.to(self.arguments["device"])
-        scores = knn(train_ND, train_labels, test_ND, test_labels, (k,), self.settings.temperature)
-        return {"knn": scores[k][0]}
-
-
 def on_device(
-    batches: Batches, photometry: Photometry, device: torch.device, dtype: torch.dtype
+    batches: Batches, photometry: Photometry, mix: Mix | None, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[list[Tensor], int, Tensor | None]]:
     """Stage two of the views: (groups of normalised crops, images in them, labels) for each part of a step."""
     for batch in batches:
@@ -261,8 +223,11 @@ def on_device(
             photometry(crops.to(device, non_blocking=True), rows).to(dtype)
             for crops, rows in zip(batch.groups, batch.rows, strict=True)
         ]
-        labels_B = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        yield groups, len(batch.indices), labels_B
+        if mix is not None and batch.labels is not None:
+            groups[0], labels = mix(groups[0], batch.labels)
+        else:
+            labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        yield groups, len(batch.indices), labels
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

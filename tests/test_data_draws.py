@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from dino_sd.data.draws import boxes, draw, flips, rows
+from dino_sd.data.draws import boxes, center_box, draw, flips, rows
 from dino_sd.data.views import Row, ViewGroup, ViewSpec
 
 RATIO = (3 / 4, 4 / 3)
@@ -98,6 +98,42 @@ def test_gray_images_get_no_colour_operations():
     assert (numbers[..., Row.HUE] == 0).all() and (numbers[..., Row.SATURATION] == 1).all()
     assert (numbers[..., Row.GRAYSCALE] == 0).all()
     assert numbers[..., Row.BRIGHTNESS].std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "share", "box"),
+    [
+        ((28, 28), (28, 28), 1.0, [0, 0, 28, 28]),
+        ((256, 256), (224, 224), 0.875, [16, 16, 224, 224]),
+        ((200, 300), (32, 32), 1.0, [0, 50, 200, 200]),
+        ((300, 200), (16, 32), 0.5, [125, 50, 50, 100]),
+        ((1, 9), (8, 8), 0.1, [0, 4, 1, 1]),
+    ],
+)
+def test_centred_boxes(image, size, share, box):
+    assert center_box(np.array(image), size, share).tolist() == box
+
+
+def test_nothing_happens_to_clean_views():
+    always = ViewSpec(
+        (ViewGroup(1, (8, 8), center=0.9), ViewGroup(1, (8, 8), (0.4, 1.0)), ViewGroup(2, (8, 8), center=1.0)),
+        flip=1.0, jitter_probability=1.0, grayscale=1.0, blur=(1.0,) * 4, solarize=(1.0,) * 4,
+    )  # fmt: skip
+    assert always.clean == (True, False, True, True)
+    u = draw(always, 0, 0, np.arange(50))
+    assert flips(u, always).all(1).tolist() == [False, True, False, False] and not flips(u, always)[[0, 2, 3]].any()
+    numbers = rows(u, always)
+    assert (numbers[[0, 2, 3]] == [1, 1, 1, 0, 0, 1, 2, 3, 0, 0, 0, 0]).all()
+    assert (numbers[1, :, [Row.JITTERED, Row.GRAYSCALE, Row.SOLARIZE]] == 1).all()
+
+
+def test_shares_and_magnitudes_out_of_range():
+    for center in (0.0, 1.1):
+        with pytest.raises(ValueError, match=f"center: {center} is no share"):
+            ViewGroup(1, (8, 8), center=center)
+    for operations, magnitude in ((0, 9), (2, 31), (2, -1)):
+        with pytest.raises(ValueError, match=f"randaugment: {operations} operations of magnitude {magnitude}"):
+            ViewSpec(SPEC.groups, randaugment=(operations, magnitude))
 
 
 def test_one_probability_per_view():

@@ -7,8 +7,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dino_sd.data.evaluation import eval_batches, resize_crop
+from dino_sd.data.geometry import make_views
 from dino_sd.data.source import open_source
 from dino_sd.data.statistics import mean_std
+from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.errors import UserError
 
 
@@ -65,3 +67,51 @@ def test_evaluation_without_labels_and_with_a_bad_file(tmp_path):
     for workers in (0, 2):
         with pytest.raises(UserError, match="3.png: cannot be read as an image"):
             list(eval_batches(source, (16, 16), 0.9, 2, workers))
+
+
+def clean_views(source, size, crop):
+    spec = ViewSpec((ViewGroup(2, size, (0.4, 1.0)), ViewGroup(1, size, center=crop)), source.channels)
+    return make_views(source, spec, 0, 0, np.arange(min(len(source), 50)))[0][1]
+
+
+def test_a_clean_view_is_the_evaluation_image():
+    source = open_source("fashion-mnist-mini:train", 1)
+    images, _, _ = next(eval_batches(source, (28, 28), 1.0, 50, limit=50))
+    assert torch.equal(clean_views(source, (28, 28), 1.0), images)
+    # Resized, it is the same but for the rounding of the weights.
+    for size in ((32, 32), (14, 14), (16, 28)):
+        images, _, _ = next(eval_batches(source, size, 1.0, 50, limit=50))
+        assert (clean_views(source, size, 1.0).int() - images.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_a_clean_view_of_a_file_is_nearly_the_evaluation_image(tmp_path, extension):
+    sizes = [(256, 256), (300, 200), (90, 400), (40, 30), (640, 480)]
+    for index, size in enumerate(sizes):
+        picture(index, size).save(tmp_path / f"{index}.{extension}")
+    source = open_source(str(tmp_path), 3)
+    for size, crop in (((32, 32), 1.0), ((28, 28), 0.875), ((24, 36), 0.75)):
+        images, _, _ = next(eval_batches(source, size, crop))
+        views = clean_views(source, size, crop)
+        # Boxes are of whole pixels, of JPEGs decoded at less: crops are moved by at most half of one.
+        difference_B = (views.float() - images.float()).abs().mean((1, 2, 3))
+        assert difference_B.max() < (2 if extension == "png" else 4), difference_B
+        assert (views.flip(-1).float() - images.float()).abs().mean() > 50
+
+
+@pytest.mark.parametrize("kind", ["stack", "folder"])
+def test_a_clean_group_changes_no_other_view_and_none_of_them_changes_it(tmp_path, kind):
+    for index in range(6):
+        picture(index, (803, 601)).save(tmp_path / f"{index}.jpg")
+    source = open_source("fashion-mnist-mini:test", 1) if kind == "stack" else open_source(str(tmp_path), 3)
+    # Clean views of a small box: if they had a say in the scale that JPEGs are decoded at, the others would change.
+    augmented = (ViewGroup(2, (32, 32), (0.6, 1.0)), ViewGroup(1, (16, 16), (0.3, 0.4)))
+    clean = ViewGroup(1, (96, 96), center=0.2)
+    arguments = {"channels": source.channels, "randaugment": (1, 9), "blur": (1.0, 0.5, 0.5)}
+    crops, rows = make_views(source, ViewSpec(augmented, **arguments), 1, 2, np.arange(6))
+    arguments["blur"] = (*arguments["blur"], 1.0)
+    more_crops, more_rows = make_views(source, ViewSpec((*augmented, clean), **arguments), 1, 2, np.arange(6))
+    for one, other in zip(crops + rows, more_crops[:2] + more_rows[:2], strict=True):
+        assert torch.equal(one, other)
+    alone, _ = make_views(source, ViewSpec((clean,), channels=source.channels), 7, 8, np.arange(6))
+    assert torch.equal(alone[0], more_crops[2])

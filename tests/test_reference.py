@@ -173,5 +173,7 @@ def method_of(file: dict[str, Tensor], learned_norm: bool, frozen_until: float) 
 
     term = Dino(prototypes=len(head["last_layer.weight_v"]), teacher_temperature=temperature)
     momentum = file["momentum"].tolist()
-    method = SelfDistillation(network(), network(), {"dino": (1.0, term)}, lambda t: momentum[round(t * steps)])
+    method = SelfDistillation(
+        network(), network(), {"dino": (schedule.constant(1.0), term)}, lambda t: momentum[round(t * steps)]
+    )
     return method.double().train()

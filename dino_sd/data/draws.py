@@ -11,8 +11,13 @@ _ATTEMPTS = 10
 # Which of a view's numbers is used for what. To change this is to change every view of every seed.
 _BOX = slice(0, 2 * _ATTEMPTS + 2)
 _FLIP, _JITTER, _FACTORS, _ORDER, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 22, 23, slice(24, 28), 28, 29, 30, 31, 32
-NUMBERS = 33
+RANDAUGMENT = 33
+NUMBERS = 34
 _ORDERS = np.array(list(permutations(range(4))), dtype=np.float32)
+# A row that changes nothing.
+_NEUTRAL = np.zeros(len(Row), dtype=np.float32)
+_NEUTRAL[: Row.HUE] = 1
+_NEUTRAL[Row.FIRST : Row.FOURTH + 1] = range(4)
 
 
 def draw(spec: ViewSpec, seed: int, epoch: int, images_B: np.ndarray) -> np.ndarray:
@@ -48,9 +53,20 @@ def boxes(u: np.ndarray, sizes: np.ndarray, scale: tuple[float, float], ratio: t
     return np.stack([top, left, tall, wide], axis=-1).astype(np.int64)
 
 
+def center_box(sizes: np.ndarray, size: tuple[int, int], share: float) -> np.ndarray:
+    """The largest centred box with the aspect ratio of size (height, width), its sides times share.
+
+    sizes: (..., 2) heights and widths in pixels. Returns int64 (..., 4): top, left, height, width in pixels.
+    """
+    fit = share * (sizes / np.array(size)).min(-1, keepdims=True)
+    lengths = np.clip(np.rint(fit * np.array(size)), 1, sizes)
+    starts = np.rint((sizes - lengths) / 2)
+    return np.concatenate([starts, lengths], axis=-1).astype(np.int64)
+
+
 def flips(u: np.ndarray, spec: ViewSpec) -> np.ndarray:
-    """Which views are mirrored: bool (...)."""
-    return u[..., _FLIP] < spec.flip
+    """Which views are mirrored: bool (V, B). u: (V, B, NUMBERS) from `draw`."""
+    return (u[..., _FLIP] < spec.flip) & ~np.array(spec.clean, dtype=bool)[:, None]
 
 
 def rows(u: np.ndarray, spec: ViewSpec) -> np.ndarray:
@@ -74,4 +90,5 @@ def rows(u: np.ndarray, spec: ViewSpec) -> np.ndarray:
     sigma_low, sigma_high = spec.blur_sigma
     result[..., Row.SIGMA] = np.where(blurred, sigma_low + (sigma_high - sigma_low) * u[..., _SIGMA], 0)
     result[..., Row.SOLARIZE] = u[..., _SOLARIZE] < np.array(spec.solarize)[:, None]
+    result[np.array(spec.clean, dtype=bool)] = _NEUTRAL
     return result

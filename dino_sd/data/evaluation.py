@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_sd.data.source import Source
 from dino_sd.errors import UserError
-
-NO_LABEL = -1
+from dino_sd.shapes import NO_LABEL
 
 
 def resize_crop(image_CHW: torch.Tensor, size: tuple[int, int], crop: float) -> torch.Tensor:

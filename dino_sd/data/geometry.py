@@ -1,13 +1,16 @@
 """Stage one of the views, in the loader's workers: cut, resize and flip every crop straight from the uint8 image."""
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dino_sd.data.draws import boxes, draw, flips, rows
+from dino_sd.data.draws import RANDAUGMENT, boxes, center_box, draw, flips, rows
+from dino_sd.data.randaugment import randaugment_
 from dino_sd.data.resample import resample_stack
 from dino_sd.data.source import Source
-from dino_sd.data.views import ViewSpec
+from dino_sd.data.views import ViewGroup, ViewSpec
 
 # The batched path tabulates its weights over all crop lengths; for longer sides the table stops paying.
 _LONGEST_STACK_SIDE = 128
@@ -28,6 +31,10 @@ def make_views(
     in_memory = source.stack is not None and max(source.stack.shape[-2:]) <= _LONGEST_STACK_SIDE
     cut = _cut_from_stack if in_memory else _cut_one_by_one
     crops = cut(source, spec, images_B, u_VBn, flips_VB)
+    if spec.randaugment is not None:
+        for group, views, crops_NCHW in zip(spec.groups, _group_slices(spec), crops, strict=True):
+            if group.center is None:
+                randaugment_(crops_NCHW, u_VBn[views, :, RANDAUGMENT].reshape(-1), *spec.randaugment)
     return crops, [rows_VBR[views].flatten(0, 1) for views in _group_slices(spec)]
 
 
@@ -36,13 +43,20 @@ def _group_slices(spec: ViewSpec) -> list[slice]:
     return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
+def _boxes(group: ViewGroup, u: np.ndarray, sizes: np.ndarray, spec: ViewSpec) -> np.ndarray:
+    """The boxes of a group's views: int64 (..., 4). u: (..., NUMBERS); sizes: (2,), height and width of all images."""
+    if group.center is None:
+        return boxes(u, sizes, group.scale, spec.ratio)
+    return np.tile(center_box(sizes, group.size, group.center), (*u.shape[:-1], 1))
+
+
 def _cut_from_stack(source, spec, images_B, u_VBn, flips_VB) -> list[torch.Tensor]:
     assert source.stack is not None
     images_BCHW = source.stack[torch.from_numpy(np.ascontiguousarray(images_B))]
     sizes = np.array(images_BCHW.shape[-2:])
     crops = []
     for group, views in zip(spec.groups, _group_slices(spec), strict=True):
-        boxes_VB4 = boxes(u_VBn[views], sizes, group.scale, spec.ratio)
+        boxes_VB4 = _boxes(group, u_VBn[views], sizes, spec)
         crops.append(resample_stack(images_BCHW, boxes_VB4, flips_VB[views], group.size))
     return crops
 
@@ -56,11 +70,14 @@ def _cut_one_by_one(source, spec, images_B, u_VBn, flips_VB) -> list[torch.Tenso
         picture = source.picture(index)
         size = np.array([picture.height, picture.width])
         boxes_of_groups = [
-            boxes(u_VBn[views, position], size, group.scale, spec.ratio)
+            _boxes(group, u_VBn[views, position], size, spec)
             for group, views in zip(spec.groups, group_slices, strict=True)
         ]
-        image_CHW = picture.decode(_largest_shrink(boxes_of_groups, spec))
+        # Clean views choose their own: they then depend on nothing random, and the others not on them.
+        shrinks = {clean: _largest_shrink(boxes_of_groups, spec, clean) for clean in (False, True)}
+        decode = cache(picture.decode)
         for group, boxes_V4, views, out in zip(spec.groups, boxes_of_groups, group_slices, crops, strict=True):
+            image_CHW = decode(shrinks[group.center is not None])
             mirrored_V = flips_VB[views, position].tolist()
             for view, box in enumerate(_shrink_boxes(boxes_V4, size, image_CHW)):
                 crop_CHW = crop_resize(image_CHW, box, group.size)
@@ -68,13 +85,14 @@ def _cut_one_by_one(source, spec, images_B, u_VBn, flips_VB) -> list[torch.Tenso
     return [crop.flatten(0, 1) for crop in crops]
 
 
-def _largest_shrink(boxes_of_groups: list[np.ndarray], spec: ViewSpec) -> int:
-    """How much smaller the image may be decoded so that no crop is enlarged that was not enlarged before."""
-    spare = min(
+def _largest_shrink(boxes_of_groups: list[np.ndarray], spec: ViewSpec, clean: bool) -> int:
+    """How much smaller the image may be decoded so that no clean, or no other, crop is enlarged that was not before."""
+    spares = [
         (boxes_V4[:, 2:] / group.size).min()
         for boxes_V4, group in zip(boxes_of_groups, spec.groups, strict=True)
-        if group.count
-    )
+        if group.count and (group.center is not None) == clean
+    ]
+    spare = min(spares, default=1)
     return next((shrink for shrink in _SHRINKS if shrink <= spare), 1)
 
 

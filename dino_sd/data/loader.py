@@ -25,7 +25,8 @@ class Batch:
     """Views of B images.
 
     groups: per resolution, uint8 crops (V * B, C, H, W), all images of the first view first. rows: per resolution,
-    their photometric parameters, float32 (V * B, len(Row)). labels: int64 (B,), or None. indices: int64 (B,).
+    their photometric parameters, float32 (V * B, len(Row)). labels: int64 (B,), -1 where an
+    image has none, or None where no image has one. indices: int64 (B,).
     """
 
     groups: list[torch.Tensor]

@@ -23,11 +23,21 @@ class Row(IntEnum):
 
 @dataclass(frozen=True)
 class ViewGroup:
-    """Crops of one resolution. size: (height, width) in pixels; scale: share of the image's area, (low, high)."""
+    """Crops of one resolution. size: (height, width) in pixels; scale: share of the image's area, (low, high).
+
+    center: makes the crops clean, as evaluation sees the image: this share of the largest centred box that has the
+    aspect ratio of `size`, and nothing random; scale is then unused. Raises ValueError when it is not above 0 and at
+    most 1.
+    """
 
     count: int
     size: tuple[int, int]
-    scale: tuple[float, float]
+    scale: tuple[float, float] = (1.0, 1.0)
+    center: float | None = None
+
+    def __post_init__(self):
+        if self.center is not None and not 0 < self.center <= 1:
+            raise ValueError(f"center: {self.center} is no share of the side; above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,10 @@ class ViewSpec:
     blur and solarize hold one probability per view, over all groups in order; empty means never.
     brightness, contrast, saturation: factors are drawn from [1 - x, 1 + x]; hue: shift in turns from [-x, x].
     blur_sigma: pixels, (low, high). With channels != 3, hue, saturation and grayscale mean nothing and are dropped.
-    The defaults are those of Caron et al. 2021. Raises ValueError when the probabilities are not one per view.
+    randaugment: (operations, magnitude of 0 to 30), done to the crop before everything else (Cubuk et al. 2020).
+    Views of clean groups get none of all this, whatever their probabilities say.
+    The defaults are those of Caron et al. 2021. Raises ValueError when the probabilities are not one per view, or
+    randaugment is out of range.
     """
 
     groups: tuple[ViewGroup, ...]
@@ -53,6 +66,7 @@ class ViewSpec:
     blur: tuple[float, ...] = ()
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: tuple[float, ...] = ()
+    randaugment: tuple[int, int] | None = None
 
     def __post_init__(self):
         for name in ("blur", "solarize"):
@@ -60,7 +74,18 @@ class ViewSpec:
             if len(probabilities) != self.views:
                 raise ValueError(f"{name}: {len(probabilities)} probabilities for {self.views} views; one per view")
             object.__setattr__(self, name, probabilities)
+        if self.randaugment is not None:
+            operations, magnitude = self.randaugment
+            if operations < 1 or not 0 <= magnitude <= 30:
+                raise ValueError(
+                    f"randaugment: {operations} operations of magnitude {magnitude}; at least 1, and 0 to 30"
+                )
 
     @property
     def views(self) -> int:
         return sum(group.count for group in self.groups)
+
+    @property
+    def clean(self) -> tuple[bool, ...]:
+        """Which views are clean, over all groups in order."""
+        return tuple(group.center is not None for group in self.groups for _ in range(group.count))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import Mlp
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -53,7 +54,10 @@ class Backbone(nn.Module):
             args["drop_path_rate"] = drop_path
         self.model = _create(name, size, pretrained, {**args, **self.model_args})
         self.width: int = self.model.num_features
-        self.depth: int = len(self.model.feature_info)
+        taps = [(str(info["module"]), int(info["num_chs"])) for info in self.model.feature_info]
+        self.depth: int = len(taps)
+        self.stem = int(taps[0][0].startswith(("act", "bn", "conv", "relu", "stem")))  # a tap before the first stage
+        self.widths: list[int] = [channels for _, channels in taps[self.stem :]]  # of each block, or stage
         self.prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
         patch_size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch_size: int | None = patch_size[0] if isinstance(patch_size, tuple) else patch_size
@@ -71,19 +75,51 @@ class Backbone(nn.Module):
         pairs = [self._pooled_and_patches(by_index[index]) for index in wanted]
         return Features(self.model.forward_head(last, pre_logits=True), self._patches(last), pairs)
 
-    def pooled(self, images_NCHW: Tensor) -> Tensor:
-        """`forward(images_NCHW).pooled_ND`, without the work that only patch tokens need.
+    def pooled(self, images_NCHW: Tensor, exits: Sequence[int] = ()) -> list[Tensor]:
+        """`forward(images_NCHW).pooled_ND`, without the work that only patch tokens need; then that of each exit.
 
+        exits: numbers of blocks (stages of a convnet) after which to read too, counted from 1; these are not normed.
         Where the pooled output is a ViT's class token, its last block is worked out for that token alone: exact, and
         a twelfth (of 12 blocks) to a quarter (of 4) of the step cheaper.
         """
         model = self.model
         if not reads_class_token_alone(model):
-            return model.forward_head(model.forward_features(images_NCHW), pre_logits=True)
+            if not exits:
+                return [model.forward_head(model.forward_features(images_NCHW), pre_logits=True)]
+            indices = [exit + self.stem - 1 for exit in exits]
+            last, maps = model.forward_intermediates(
+                images_NCHW, indices=sorted(set(indices)), **self._prefix_argument()
+            )
+            by_index = dict(zip(sorted(set(indices)), maps, strict=True))
+            taps = [self._pooled_and_patches(by_index[index])[0] for index in indices]
+            return [model.forward_head(last, pre_logits=True), *taps]
         tokens_NPD = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images_NCHW))))
-        for block in model.blocks[:-1]:
+        tokens: dict[int, Tensor] = {}
+        for number, block in enumerate(model.blocks[:-1], 1):
             tokens_NPD = lean_block(block, tokens_NPD)
-        return model.forward_head(model.norm(class_token_of(model.blocks[-1], tokens_NPD)), pre_logits=True)
+            tokens[number] = tokens_NPD[:, 0]
+        last_N1D = class_token_of(model.blocks[-1], tokens_NPD)
+        tokens[len(model.blocks)] = last_N1D[:, 0]
+        return [model.forward_head(model.norm(last_N1D), pre_logits=True), *(tokens[exit] for exit in exits)]
+
+    def cut_(self, exit: int) -> "Backbone":
+        """Takes away, in place, all blocks (stages) after the first `exit`; returns itself.
+
+        Raises UserError for a depth that there is not, and for models other than plain ViTs and ResNets.
+        """
+        model, blocks = self.model, len(self.widths)
+        if not isinstance(model, (VisionTransformer, ResNet)):
+            raise UserError(f"exit={exit}: only plain ViTs and ResNets can be cut, model={self.name} is neither")
+        if not 1 <= exit < blocks:
+            raise UserError(f"exit={exit}: model={self.name} has {blocks} blocks or stages; choose 1 to {blocks - 1}")
+        pool: Any = model.global_pool
+        model.prune_intermediate_layers([exit + self.stem - 1], prune_norm=False, prune_head=False)
+        model.global_pool = pool  # ResNets lose theirs with the head that no longer fits
+        self.width = model.num_features = self.widths[exit - 1]
+        if isinstance(model, VisionTransformer):
+            self.model_args["depth"] = exit
+        self.widths, self.depth = self.widths[:exit], exit + self.stem
+        return self
 
     def _prefix_argument(self) -> dict[str, Any]:
         return {"return_prefix_tokens": True} if self.prefix_tokens else {}

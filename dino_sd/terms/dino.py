@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from dino_sd import settings
 from dino_sd.distributed import all_reduce_mean_
+from dino_sd.errors import UserError
 from dino_sd.models.heads import ProjectionHead
 from dino_sd.schedule import Schedule
-from dino_sd.term import Seen, Term
+from dino_sd.term import Given, Objective, Seen, Term
 
 
 class Settings(settings.Settings):
-    weight: float = Field(default=1.0, gt=0, description="factor of this term in the loss")
+    weight: Annotated[settings.Curve, settings.between(0)] = Field(
+        default_factory=lambda: settings.Curve(start=1, end=1), description="factor of this term in the loss"
+    )
     prototypes: int = Field(default=65536, ge=2, description="outputs of the head")
     hidden: int = Field(default=2048, ge=1, description="width of the head's hidden layers")
     bottleneck: int = Field(default=256, ge=1, description="width before the prototypes")
@@ -84,6 +87,7 @@ def dino_loss(student_logits_VBK: Tensor, teacher_probs_GBK: Tensor, student_tem
 class Dino(Term):
     """Cross-entropy to the centred and sharpened teacher. The centre follows the mean of the teacher's logits."""
 
+    anchor = True
     center: Tensor
     center_sum: Tensor
 
@@ -118,8 +122,13 @@ class Dino(Term):
         self.register_buffer("center_sum", torch.zeros(prototypes), persistent=False)
         self.rows = 0
 
-    def heads(self, width: int) -> dict[str, nn.Module]:
-        return {"dino": ProjectionHead(width, **self.head_args)}
+    def heads(self, given: Given) -> dict[str, nn.Module]:
+        if given.views < 2:
+            raise UserError(
+                "views: one crop an image leaves terms.dino nothing to predict; set views.global.count=2 or "
+                "views.local.count=8"
+            )
+        return {"dino": ProjectionHead(given.backbone.width, **self.head_args)}
 
     def forward(self, student: Seen, teacher: Seen, t: float) -> Tensor:
         logits_GBK = teacher.outputs["dino"]
@@ -129,6 +138,9 @@ class Dino(Term):
             logits_GBK = logits_GBK - self.center
         log_probs_GBK = (logits_GBK / self.teacher_temperature(t)).log_softmax(-1)
         probs_GBK = log_probs_GBK.exp()
+        student.objectives["dino"] = Objective(
+            lambda logits_VBK: dino_loss(logits_VBK, probs_GBK, self.student_temperature), self.student_temperature
+        )
         loss = dino_loss(student.outputs["dino"], probs_GBK, self.student_temperature)
         with torch.no_grad():
             most = math.log(probs_GBK.shape[-1])

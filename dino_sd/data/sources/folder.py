@@ -7,8 +7,10 @@ import numpy as np
 from dino_sd.data.decode import EXTENSIONS, picture
 from dino_sd.data.source import Picture, Source, short_hash
 from dino_sd.errors import UserError
+from dino_sd.shapes import NO_LABEL
 
 FORM = "the path of a folder of images"
+_UNLABELLED = (b"unlabelled", b"unlabeled")
 
 
 def open(spec: str, channels: int) -> "FolderSource | None":
@@ -20,7 +22,8 @@ class FolderSource(Source):
     """All images below a folder, ordered by (file name, path).
 
     The order is by file name first, so that images keep their index, and with it their views, when they are sorted
-    into class folders. Labels exist where every image lies below one of at least two first-level folders.
+    into class folders. Labels exist where every image lies below one of at least two first-level folders; one named
+    `unlabelled` or `unlabeled`, in any case, is not counted, and its images have none.
     Raises UserError where there is no image.
     """
 
@@ -33,13 +36,12 @@ class FolderSource(Source):
         # Two arrays in place of a million Python objects: workers share them, as nothing counts references in them.
         self._path_bytes = np.frombuffer(b"".join(paths), dtype=np.uint8)
         self._path_ends = np.cumsum([len(path) for path in paths])
-        self._labels: np.ndarray | None = None
         folders = [path.partition(b"/")[0] for path in paths if b"/" in path]
-        classes = sorted(set(folders))
+        classes = sorted(folder for folder in set(folders) if folder.lower() not in _UNLABELLED)
         if len(folders) == len(paths) and len(classes) >= 2:
             self.classes = [os.fsdecode(folder) for folder in classes]
             label_of = {folder: label for label, folder in enumerate(classes)}
-            self._labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)
+            self._labels = np.array([label_of.get(folder, NO_LABEL) for folder in folders], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._path_ends)
@@ -59,11 +61,10 @@ class FolderSource(Source):
             raise UserError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from error
         return picture(data, path, self.channels)
 
-    def labels(self) -> np.ndarray | None:
-        return self._labels
-
     def fingerprint(self) -> str:
-        return short_hash(self._path_bytes.tobytes(), self._path_ends.tobytes())
+        # The paths say all about the labels, unless some are hidden.
+        hidden = [self._labels.tobytes()] if self._labels_hidden and self._labels is not None else []
+        return short_hash(self._path_bytes.tobytes(), self._path_ends.tobytes(), *hidden)
 
 
 def _image_paths(root: bytes) -> list[bytes]:

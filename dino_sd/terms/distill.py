@@ -1,0 +1,92 @@
+"""Distillation from another model (Hinton et al. 2015): a larger run, a timm model, an export."""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dino_sd import settings
+from dino_sd.errors import UserError
+from dino_sd.losses import hits, of_views, taught_loss
+from dino_sd.models.heads import Classifier
+from dino_sd.term import Given, Objective, Seen, Term
+
+
+class Settings(settings.Settings):
+    weight: Annotated[settings.Curve, settings.between(0)] = Field(
+        default_factory=lambda: settings.Curve(start=1, end=1), description="factor of this term in the loss"
+    )
+    target: Literal["logits", "features"] = Field(
+        default="logits", description="logits: the teacher's classes, with labels; features: its pooled output, without"
+    )
+    label_share: float = Field(
+        default=0.5, ge=0, le=1, description="logits only: a in a * CE(labels) + (1 - a) * T^2 * KL(teacher)"
+    )
+    temperature: float = Field(default=4.0, gt=0, description="logits only: T; softens teacher and student")
+
+
+def feature_loss(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Mean of 1 - cosine over images, a scalar from 0 to 2. The teacher gets no gradient.
+
+    >>> student, teacher = torch.randn(8, 64, requires_grad=True), torch.randn(8, 64)
+    >>> feature_loss(student, teacher).backward()
+    """
+    return 1 - F.cosine_similarity(student_ND, teacher_ND.detach(), dim=-1).mean()
+
+
+class Distill(Term):
+    """Knowledge of a frozen teacher of any architecture, on the same views: its classes, or its features."""
+
+    anchor = True
+
+    def __init__(
+        self,
+        *,
+        target: Literal["logits", "features"] = "logits",
+        label_share: float = 0.5,
+        temperature: float = 4.0,
+    ):
+        super().__init__()
+        self.target, self.label_share, self.temperature, self.labelled = target, label_share, temperature, 1.0
+
+    def heads(self, given: Given) -> dict[str, nn.Module]:
+        teacher = given.teacher
+        if teacher is None:
+            raise UserError("terms.distill learns from another model: set teacher.init=RUN, an export, or timm:NAME")
+        if self.target == "features":
+            return {"distill": nn.Linear(given.backbone.width, teacher.backbone.width)}
+        if "classifier" not in teacher.heads:
+            raise UserError(
+                f"teacher.init: {teacher.description} knows no classes; set terms.distill.target=features to learn "
+                f"its features"
+            )
+        if self.label_share and not (given.classes and given.labelled):
+            raise UserError("terms.distill: data has no labels; set label_share=0, or target=features")
+        self.labelled = given.labelled
+        return {"classifier": Classifier(given.backbone.width, teacher.heads["classifier"].out_features)}  # pyright: ignore
+
+    def forward(self, student: Seen, teacher: Seen, t: float) -> Tensor:
+        if self.target == "features":
+            targets_VBD = torch.stack(teacher.pooled)
+            loss = feature_loss(student.outputs["distill"][: len(targets_VBD)], targets_VBD)
+            self.signs = {"loss": loss.detach()}
+            return loss
+        labels, targets_VBC = student.labels, teacher.outputs["classifier"]
+
+        def objective(logits_VBC: Tensor) -> Tensor:
+            seen = logits_VBC[: len(targets_VBC)]  # the teacher sees global views alone
+            return taught_loss(
+                seen.flatten(0, 1), targets_VBC.flatten(0, 1), of_views(labels, len(seen)),
+                label_share=self.label_share, temperature=self.temperature, labelled=self.labelled,
+            )  # fmt: skip
+
+        student.objectives["classifier"] = Objective(objective)
+        logits_VBC = student.outputs["classifier"]
+        loss = objective(logits_VBC)
+        self.signs = {"loss": loss.detach()}
+        if labels is not None:
+            self.signs["accuracy"] = hits(logits_VBC[0], labels)
+            self.signs["teacher_accuracy"] = hits(targets_VBC[0], labels)
+        return loss
