@@ -68,12 +68,20 @@ def shallow(model: Model, exit: int) -> Model:
     trained, norm = model.heads.get(f"exit_{exit}"), model.norms.get(exit)
     if isinstance(trained, Exit) and (folded := trained.folded()) is not None:
         heads["classifier"] = folded
-    if norm is not None and hasattr(backbone.model, "norm"):
-        backbone.model.norm = norm
-    elif norm is not None and heads:  # a ResNet has no place for it
+    place = place_of_norm(backbone.model)
+    if norm is not None and place:
+        setattr(backbone.model, place, norm)
+    elif norm is not None and heads:  # a ResNet has none
         heads["classifier"] = nn.Sequential(norm, heads["classifier"])
     description = f"{model.description}, up to block {exit}"
     return replace(model, backbone=backbone, heads=heads, description=description, norms={})
+
+
+def place_of_norm(model: nn.Module) -> str | None:
+    """Where a ViT norms its pooled output; None where it does not, or norms tokens before it takes their mean."""
+    if isinstance(getattr(model, "fc_norm", None), nn.LayerNorm):
+        return "fc_norm"
+    return "norm" if getattr(model, "global_pool", None) == "token" else None
 
 
 def _pixels(channels: int) -> Model:
