@@ -53,16 +53,9 @@ def recipes() -> Path:
 
 def load_config(path: str | Path, pairs: list[str]) -> Config:
     """A YAML file (or the name of a recipe) with `key=value` over it. Every mistake is a UserError with its place."""
-    file = Path(path)
-    if "=" in file.name and not file.exists():
+    if "=" in Path(path).name and not Path(path).exists():
         raise UserError(f"command line: the config file or recipe comes first, then key=value; found {path} first")
-    if not file.exists() and (recipes() / f"{file.name}.yaml").exists():
-        file = recipes() / f"{file.name}.yaml"
-    if not file.exists():
-        names = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))
-        near = difflib.get_close_matches(file.stem, names, n=1, cutoff=0.6) or names
-        raise UserError(f"config: {path} does not exist; recipes that come with dino_sd: {', '.join(near)}")
-    from_file, from_line = read_yaml(file), read_pairs(pairs)
+    from_file, from_line = read_recipe(Path(path)), read_pairs(pairs)
     tree = merge(from_file, from_line)
     if "model" in from_line and from_line["model"] != from_file.get("model"):
         tree["model_args"] = from_line.get("model_args", {})  # the file's are those of its own model
@@ -73,6 +66,28 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
     if lengths & from_line.keys():  # a length on the command line takes the place of the file's
         tree = {key: value for key, value in tree.items() if key not in lengths or key in from_line}
     return finish(complete_curves(tree, Config, groups))
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's settings over those of its `base`, another recipe; model_args and terms take the place of the base's.
+
+    path: a file, beside the recipe that names it or anywhere, or a recipe's name.
+    """
+    places = [path, *(file.parent / path for file in above[-1:]), recipes() / f"{path.name}.yaml"]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        names = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))
+        near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6) or names
+        raise UserError(f"config: {path} does not exist; recipes that come with dino_sd: {', '.join(near)}")
+    if file in above:
+        raise UserError(f"config: {file} is its own base; name another recipe there")
+    tree = read_yaml(file)
+    if (base := tree.pop("base", None)) is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"config: base={base!r} in {file}: expected the name of a recipe, or a file")
+    below = read_recipe(Path(base), (*above, file))
+    return merge({key: value for key, value in below.items() if key not in tree.keys() & {"model_args", "terms"}}, tree)
 
 
 def finish(tree: dict[str, Any]) -> Config:
@@ -330,8 +345,8 @@ def make_heads(
     return heads
 
 
-def load_teacher(cfg: Config, data: dict[str, Any]) -> Model | None:
-    """The model of `teacher.init`, checked against the data: same channels, and the same classes where it knows any."""
+def load_teacher(cfg: Config) -> Model | None:
+    """The model of `teacher.init`. Raises UserError where there is none, and for one that takes other channels."""
     if cfg.teacher.init is None:
         return None
     try:
@@ -347,19 +362,7 @@ def load_teacher(cfg: Config, data: dict[str, Any]) -> Model | None:
         )
     for note in teacher.notes:
         say(f"teacher.init={cfg.teacher.init}: {note}")
-    if teacher.classes and data["classes"] and teacher.classes != data["classes"]:
-        theirs, ours = teacher.classes, data["classes"]
-        raise UserError(
-            f"teacher.init={cfg.teacher.init} knows other classes than data={cfg.data}: {len(theirs)} "
-            f"({some_of(theirs, ours)}) against {len(ours)} ({some_of(ours, theirs)}); use a teacher of the same "
-            f"classes, in the same order"
-        )
     return teacher
-
-
-def some_of(names: list[str], others: list[str]) -> str:
-    only = [name for name in names if name not in others]
-    return f"only there: {', '.join(only[:3])}" if only else f"first: {', '.join(names[:3])}"
 
 
 def teacher_network(model: Model, data: dict[str, Any]) -> Network:
@@ -385,7 +388,7 @@ def make_method(
     the data do not fit.
     """
     data = data or {"classes": None, "labelled": 0.0, "mean": None, "std": None}
-    parts, loaded = make_terms(cfg, length), load_teacher(cfg, data)
+    parts, loaded = make_terms(cfg, length), load_teacher(cfg)
     student = Network(backbone, make_heads(cfg, parts, backbone, data, loaded))
     needs_teacher = any(need.startswith("teacher") for _, term in parts.values() for need in term.needs)
     teacher, momentum = None, None

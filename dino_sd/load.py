@@ -152,10 +152,14 @@ def _from_timm(name: str) -> Model:
     images = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     size = _pair(images.input_size[1:]) if images else (224, 224)  # an unknown name is refused by Backbone
     backbone = Backbone(name, size=size, pretrained=True)
+    heads: dict[str, nn.Module] = {}
+    for linear in backbone.pretrained_classifier:
+        heads["classifier"] = Classifier(linear.in_features, linear.out_features)
+        heads["classifier"].load_state_dict(linear.state_dict())
     images = backbone.model.pretrained_cfg
     provenance = {"model": f"timm:{name}", "versions": {"torch": torch.__version__, "timm": timm.__version__}}
     crop, mean, std = images.get("crop_pct") or 0.875, list(images["mean"]), list(images["std"])
-    return Model(backbone, size, crop, mean, std, f"{name}, timm's pretrained weights", provenance)
+    return Model(backbone, size, crop, mean, std, f"{name}, timm's pretrained weights", provenance, heads=heads)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -15,6 +15,7 @@ COLUMNS = (  # metric, its name on the progress line, format
     ("dino/teacher_entropy", "entropy", ".3f"),
     ("dino/kl", "KL", ".3f"),
     ("feature_spread", "spread", ".3f"),
+    ("accuracy", "top-1", ".1f"),
     ("knn", "k-NN", ".1f"),
 )
 

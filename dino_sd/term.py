@@ -63,6 +63,23 @@ class Given:
                 return name, head
         raise UserError(f"terms.{term} collapses when it stands alone: add an anchor, terms.labels or terms.dino")
 
+    def taught_classes(self, term: str) -> Model:
+        """The teacher, with a classifier of the data's classes. Raises UserError where there is none such."""
+        if self.teacher is None:
+            raise UserError(f"terms.{term} learns from another model: set teacher.init=RUN, an export or timm:NAME")
+        teacher, ours = self.teacher, self.classes
+        where = f"teacher.init: {teacher.description}"
+        if "classifier" not in teacher.heads:
+            raise UserError(f"{where} was trained without labels and knows no classes")
+        count, theirs = teacher.heads["classifier"].out_features, teacher.classes
+        if ours and ((theirs and theirs != ours) or count != len(ours)):
+            differing = sorted({*theirs} ^ {*ours})[:3] if theirs else ["its names are unknown"]
+            raise UserError(
+                f"{where} knows other classes than data: {count} against {len(ours)}, not in both: "
+                f"{', '.join(differing) or 'none, but their order'}; use a teacher of the same classes, in their order"
+            )
+        return teacher
+
 
 class Term(nn.Module):
     """Owns its buffers (the DINO centre). `signs` holds what it noticed at the last step, as detached scalars.

@@ -49,10 +49,17 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.name, self.size, self.channels, self.model_args = name, size, channels, dict(model_args or {})
-        args: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+        args: dict[str, Any] = {"in_chans": channels}
+        if not pretrained:
+            args["num_classes"] = 0
         if drop_path:
             args["drop_path_rate"] = drop_path
         self.model = _create(name, size, pretrained, {**args, **self.model_args})
+        self.pretrained_classifier: list[nn.Linear] = []  # in a list: it is no part of the backbone
+        if pretrained:
+            if isinstance(head := self.model.get_classifier(), nn.Linear):
+                self.pretrained_classifier.append(head)
+            self.model.reset_classifier(0)
         self.width: int = self.model.num_features
         taps = [(str(info["module"]), int(info["num_chs"])) for info in self.model.feature_info]
         self.depth: int = len(taps)

@@ -97,19 +97,17 @@ class BornAgain(Term):
         self.labelled = 1.0
 
     def heads(self, given: Given) -> dict[str, nn.Module]:
-        parent = given.teacher
-        if parent is None:
+        if given.teacher is None:
             raise UserError(
                 "terms.born_again learns from a finished run: set teacher.init=RUN, "
                 "or let `dino-sd generations CONFIG` train the chain"
             )
+        parent = given.taught_classes("born_again")
         step, steps = parent.provenance.get("step"), parent.provenance.get("steps")
         if step != steps:
             raise UserError(
                 f"teacher.init: {parent.description} is not finished; run its own command again until it is"
             )
-        if "classifier" not in parent.heads:
-            raise UserError(f"teacher.init: {parent.description} was trained without labels and knows no classes")
         ours, theirs = given.backbone.model.state_dict(), parent.backbone.model.state_dict()  # pyright: ignore
         if given.backbone.name != parent.backbone.name or {k: v.shape for k, v in ours.items()} != {
             k: v.shape for k, v in theirs.items()

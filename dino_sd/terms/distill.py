@@ -52,16 +52,9 @@ class Distill(Term):
         self.target, self.label_share, self.temperature, self.labelled = target, label_share, temperature, 1.0
 
     def heads(self, given: Given) -> dict[str, nn.Module]:
-        teacher = given.teacher
-        if teacher is None:
-            raise UserError("terms.distill learns from another model: set teacher.init=RUN, an export, or timm:NAME")
-        if self.target == "features":
-            return {"distill": nn.Linear(given.backbone.width, teacher.backbone.width)}
-        if "classifier" not in teacher.heads:
-            raise UserError(
-                f"teacher.init: {teacher.description} knows no classes; set terms.distill.target=features to learn "
-                f"its features"
-            )
+        if self.target == "features" and given.teacher is not None:
+            return {"distill": nn.Linear(given.backbone.width, given.teacher.backbone.width)}
+        teacher = given.taught_classes("distill")
         if self.label_share and not (given.classes and given.labelled):
             raise UserError("terms.distill: data has no labels; set label_share=0, or target=features")
         self.labelled = given.labelled
