@@ -18,7 +18,7 @@ from dino_sd import checkpoint, schedule, terms
 from dino_sd.config import Config
 from dino_sd.data.mix import Mix
 from dino_sd.data.order import steps_per_epoch
-from dino_sd.data.source import Source, labelled_only, open_source
+from dino_sd.data.source import Source, labelled_often, labelled_only, open_source
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import say, world_size
 from dino_sd.errors import UserError
@@ -178,11 +178,11 @@ def learning_rate(cfg: Config, length: Length) -> Schedule:
 
 
 def view_spec(cfg: Config, clean: bool = False) -> ViewSpec:
-    """All views of an image; clean: with one more at the end, as evaluation sees the image."""
+    """All views of an image; clean: with one more at the end, a centre crop that is left as it is."""
     views = cfg.views
     groups = [crops for crops in (views.global_, views.local) if crops.count]
     jitter, size = views.jitter, size_pair(views.global_.size)
-    last = (ViewGroup(1, size, center=cfg.evaluate.crop),) if clean else ()
+    last = (ViewGroup(1, size, center=views.clean_crop),) if clean else ()
     return ViewSpec(
         groups=(*(ViewGroup(crops.count, size_pair(crops.size), crops.scale) for crops in groups), *last),
         channels=cfg.channels,
@@ -307,7 +307,7 @@ def open_data(cfg: Config) -> Source:
     if cfg.labelled < 1:
         source.keep_labels(cfg.labelled, cfg.seed)
     if source.labels() is None or any(term_class(name).unlabelled for name in cfg.terms):
-        return source
+        return labelled_often(source, cfg.oversample)
     known = labelled_only(source)
     if len(known) < len(source):
         say(f"{len(known):,} of {len(source):,} images have a label; {', '.join(cfg.terms)} cannot use the others")

@@ -45,6 +45,12 @@ class Views(Settings):
     blur_sigma: tuple[float, float] = Field(
         default=(0.1, 2.0), description="standard deviation of the blur, pixels, from - to"
     )
+    clean_crop: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of the side that the centre crop of a clean image keeps (consistency)",
+    )
     randaugment: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0, le=30)]] | None = Field(
         default=None, description="RandAugment of every crop, [operations, magnitude of 0 to 30]; null: off"
     )
@@ -145,6 +151,9 @@ class Config(Settings):
     data: str = Field(default="fashion-mnist-mini:train", description="images to train on: DATA")
     labelled: float = Field(
         default=1.0, gt=0, le=1, description="share of each class's images whose label is used; the rest has none"
+    )
+    oversample: int = Field(
+        default=1, ge=1, description="times that a labelled image comes in an epoch where others have no label"
     )
     out: str = Field(default="runs/dino", description="folder of the run")
     seed: int = Field(default=0, ge=0, lt=2**63, description="every random number of the run derives from it")

@@ -36,7 +36,10 @@ def plan(cfg: Config) -> None:
     flops, activations = probe(method, cfg)
     micro = cfg.batch_size // (cfg.accumulate * world_size())
     parameters = sum(p.numel() for p in method.student.parameters())
-    states = (3 + OPTIMIZER_STATES[cfg.optim.name]) * 4 * parameters  # student, gradients, teacher, optimizer
+    saved = (1 + OPTIMIZER_STATES[cfg.optim.name]) * 4 * parameters + 4 * sum(
+        p.numel() for p in method.teacher.parameters()
+    )
+    states = saved + 4 * parameters  # student, optimizer and teacher, and the gradients
     images = length.steps * cfg.batch_size
     speed = matmul_speed(device, cfg.precision)
     seconds = flops * images / (speed * world_size() * USUAL_SHARE)
@@ -57,7 +60,7 @@ def plan(cfg: Config) -> None:
         ("learning rate", f"0 to {peak:.3g} (= {cfg.optim.lr:g} x {cfg.batch_size} / 256) in "
                           f"{length.of(cfg.optim.warmup):,} steps, then to {cfg.optim.min_lr:g}"),
         ("checkpoints", f"every {max(length.of(cfg.checkpoint.every), 1):,} steps, newest {cfg.checkpoint.keep} kept, "
-                        f"{size((2 + OPTIMIZER_STATES[cfg.optim.name]) * 4 * parameters)} each, in {cfg.out}"),
+                        f"{size(saved)} each, in {cfg.out}"),
         ("memory", f"{size(states)} weights and optimizer + {size(activations * micro)} activations a rank (estimate)"),
         ("compute", f"{flops / 1e9:,.1f} GFLOP an image, {flops * images / 1e15:,.3g} PFLOP in all"),
         ("time", f"about {duration(seconds)} on {world_size()} x this {device.type} at {USUAL_SHARE:.0%} of its "

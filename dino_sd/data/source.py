@@ -145,6 +145,17 @@ def labelled_only(source: Source) -> Source:
     return _Chosen(source, np.flatnonzero(labels_N != NO_LABEL))
 
 
+def labelled_often(source: Source, times: int) -> Source:
+    """A source whose labelled images come `times` as often as the others; itself where all or none have a label.
+
+    Each time an image comes it has views of its own.
+    """
+    labels_N = source.labels()
+    if times == 1 or labels_N is None or (labels_N != NO_LABEL).all():
+        return source
+    return _Chosen(source, np.repeat(np.arange(len(source)), np.where(labels_N != NO_LABEL, times, 1)))
+
+
 def short_hash(*parts: bytes) -> str:
     """Sixteen hex digits that name these bytes."""
     digest = hashlib.sha256()
