@@ -209,8 +209,8 @@ def make_mix(cfg: Config, spec: ViewSpec, data: dict[str, Any]) -> Mix | None:
         raise UserError("views.mixup and views.cutmix mix labels too: they need one for every image")
     if spec.views != 1:
         raise UserError(
-            f"views.mixup and views.cutmix mix one view an image, here are {spec.views}: "
-            f"set views.global.count=1 and views.local.count=0, or turn them off"
+            f"views.mixup and views.cutmix mix one view an image, here are {spec.views}, clean ones counted: set "
+            f"views.global.count=1 and views.local.count=0 and leave terms.consistency out, or turn them off"
         )
     return Mix(cfg.views.mixup, cfg.views.cutmix, len(data["classes"]))
 
@@ -322,9 +322,14 @@ def make_terms(cfg: Config, length: Length) -> dict[str, tuple[Schedule, Term]]:
         arguments = plain_arguments(parse(module.Settings, tree), length, f"terms.{name}.")
         weight = arguments.pop("weight")
         made[name] = (weight, term_class(name)(**arguments))
-    if not any(weight(0.0) or weight(0.5) or weight(1.0) for weight, _ in made.values()):
+    if not any(counts(weight) for weight, _ in made.values()):
         raise UserError("terms: the weights add up to 0; give at least one term a weight above 0")
     return dict(sorted(made.items(), key=lambda item: not item[1][1].anchor))
+
+
+def counts(weight: Schedule) -> bool:
+    """Whether a weight is above 0 at any time: curves run from one end to the other."""
+    return weight(0.0) > 0 or weight(1.0) > 0
 
 
 def make_heads(
@@ -339,8 +344,8 @@ def make_heads(
     heads: dict[str, nn.Module] = {}
     for _, term in terms.values():
         given = Given(backbone, views, data["classes"], data["labelled"], heads, teacher)
-        heads = {**term.heads(given), **heads}
-    if not any(term.anchor for _, term in terms.values()):
+        heads = {**heads, **{name: head for name, head in term.heads(given).items() if name not in heads}}
+    if not any(term.anchor and counts(weight) for weight, term in terms.values()):
         raise UserError(f"terms: {', '.join(terms)} collapses when it stands alone: add terms.labels or terms.dino")
     return heads
 
@@ -360,6 +365,16 @@ def load_teacher(cfg: Config) -> Model | None:
             f"teacher.init={cfg.teacher.init} takes {teacher.channels} channel(s), the run has "
             f"channels={cfg.channels}; set channels={teacher.channels}"
         )
+    height, width = size_pair(cfg.views.global_.size)
+    try:
+        with torch.no_grad():
+            teacher.backbone.pooled(torch.zeros(1, cfg.channels, height, width))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"teacher.init={cfg.teacher.init} cannot take crops of {height}x{width} pixels "
+            f"(views.global.size): {reason}"
+        ) from None
     for note in teacher.notes:
         say(f"teacher.init={cfg.teacher.init}: {note}")
     return teacher
@@ -398,6 +413,8 @@ def make_method(
                 f"teacher.init={cfg.teacher.init}: no term learns from a teacher; add terms.born_again or distill"
             )
         teacher = teacher_network(loaded, data)
+        if data["classes"] is None and "classifier" in student.heads:  # images without labels, named as it was taught
+            data["classes"] = loaded.classes
     elif needs_teacher:
         teacher = copy.deepcopy(student)
         momentum = make_schedule(cfg.teacher.momentum, length, "teacher.momentum")

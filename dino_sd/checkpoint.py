@@ -40,7 +40,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+            torch.save(interned({"format": FORMAT, **state}), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -51,6 +51,15 @@ def save(path: Path, state: dict[str, Any]) -> None:
             raise KeyboardInterrupt from None
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"checkpoint: {path} cannot be written ({reason}); earlier ones are whole") from None
+
+
+def interned(node: Any) -> Any:
+    """Equal strings become one object: pickle writes those once, so that a run that was cut off ends in equal bytes."""
+    if type(node) is str:
+        return sys.intern(node)
+    if isinstance(node, dict):
+        return {interned(key): interned(value) for key, value in node.items()}
+    return type(node)(interned(item) for item in node) if type(node) in (list, tuple) else node
 
 
 def sync_folder(folder: Path) -> None:

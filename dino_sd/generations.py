@@ -78,7 +78,7 @@ def generation_config(cfg: Config, number: int) -> Config:
     if number:
         tree["teacher"] = {"init": str(Path(cfg.out) / f"gen{number - 1}")}
     else:
-        tree["terms"] = {"labels": {}} | {k: v for k, v in cfg.terms.items() if k not in ("born_again", "labels")}
+        tree["terms"] = {"labels": {}} | {name: term for name, term in cfg.terms.items() if name != "born_again"}
     return finish(tree)
 
 

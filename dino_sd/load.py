@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dino_sd import __version__, checkpoint
@@ -64,11 +65,13 @@ def shallow(model: Model, exit: int) -> Model:
     if not isinstance(model.backbone, Backbone):
         raise UserError("exit: raw pixels have no blocks to stop at")
     backbone = model.backbone.cut_(exit)
+    place = place_of_norm(backbone.model)
+    if isinstance(backbone.model, VisionTransformer) and place is None:
+        raise UserError(f"exit={exit}: model={backbone.name} pools tokens in a way of its own and cannot be cut")
     heads: dict[str, nn.Module] = {}
     trained, norm = model.heads.get(f"exit_{exit}"), model.norms.get(exit)
     if isinstance(trained, Exit) and (folded := trained.folded()) is not None:
         heads["classifier"] = folded
-    place = place_of_norm(backbone.model)
     if norm is not None and place:
         setattr(backbone.model, place, norm)
     elif norm is not None and heads:  # a ResNet has none
@@ -79,9 +82,10 @@ def shallow(model: Model, exit: int) -> Model:
 
 def place_of_norm(model: nn.Module) -> str | None:
     """Where a ViT norms its pooled output; None where it does not, or norms tokens before it takes their mean."""
-    if isinstance(getattr(model, "fc_norm", None), nn.LayerNorm):
+    pool, norm = getattr(model, "global_pool", None), getattr(model, "fc_norm", None)
+    if pool in ("token", "avg") and isinstance(norm, nn.LayerNorm):
         return "fc_norm"
-    return "norm" if getattr(model, "global_pool", None) == "token" else None
+    return "norm" if pool == "token" else None
 
 
 def _pixels(channels: int) -> Model:

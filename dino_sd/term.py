@@ -70,7 +70,10 @@ class Given:
         teacher, ours = self.teacher, self.classes
         where = f"teacher.init: {teacher.description}"
         if "classifier" not in teacher.heads:
-            raise UserError(f"{where} was trained without labels and knows no classes")
+            raise UserError(
+                f"{where} was trained without labels and knows no classes; "
+                f"terms.distill.target=features learns from what it says of images without them"
+            )
         count, theirs = teacher.heads["classifier"].out_features, teacher.classes
         if ours and ((theirs and theirs != ours) or count != len(ours)):
             differing = sorted({*theirs} ^ {*ours})[:3] if theirs else ["its names are unknown"]
@@ -91,7 +94,7 @@ class Term(nn.Module):
     """
 
     anchor: bool = False
-    needs: frozenset[str] = frozenset({"teacher"})
+    needs: frozenset[str] = frozenset()
     unlabelled: bool = True
     signs: dict[str, Tensor]
 

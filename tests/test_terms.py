@@ -408,6 +408,8 @@ def test_layerwise_with_dino_reads_its_logits_as_its_softmax_does():
         ("vit_tiny_patch16_224", DEPTH_3, (1, 2)),
         ("vit_tiny_patch16_224", {**DEPTH_3, "reg_tokens": 2}, (2,)),
         ("vit_tiny_patch16_224", {**DEPTH_3, "global_pool": "avg", "class_token": False}, (2,)),
+        ("vit_tiny_patch16_224", {**DEPTH_3, "global_pool": "avg"}, (2,)),
+        ("vit_tiny_patch16_224", {**DEPTH_3, "global_pool": "avg", "class_token": False, "reg_tokens": 2}, (2,)),
         ("resnet10t", RESNET, (1, 3)),
     ],
 )
@@ -435,6 +437,13 @@ def test_an_exit_is_a_shallow_network(name: str, model_args: dict, exits: tuple[
             assert isinstance(head, Exit) and isinstance(folded := head.folded(), Classifier)
             tokens = backbone.pooled(images, [exit])[1]
             assert torch.allclose(folded(head.features.norm(tokens)), head(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_args", [{"global_pool": "map"}, {"global_pool": "avg", "fc_norm": False}])
+def test_what_cannot_be_cut_is_refused(model_args: dict):
+    network = Network(backbone_of("vit_tiny_patch16_224", **DEPTH_3, **model_args), {})
+    with pytest.raises(UserError, match="exit=2.*cannot be cut"):
+        shallow(model_of(network), 2)
 
 
 def test_shares_of_the_depth():

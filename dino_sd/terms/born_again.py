@@ -83,6 +83,7 @@ class BornAgain(Term):
     """`born_again_loss` with the model that `teacher.init` names, on the same views."""
 
     anchor = True
+    needs = frozenset({"teacher"})
 
     def __init__(
         self,

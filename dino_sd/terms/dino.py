@@ -88,6 +88,7 @@ class Dino(Term):
     """Cross-entropy to the centred and sharpened teacher. The centre follows the mean of the teacher's logits."""
 
     anchor = True
+    needs = frozenset({"teacher"})
     center: Tensor
     center_sum: Tensor
 
@@ -128,6 +129,8 @@ class Dino(Term):
                 "views: one crop an image leaves terms.dino nothing to predict; set views.global.count=2 or "
                 "views.local.count=8"
             )
+        if given.teacher is not None:
+            raise UserError("terms.dino: its teacher is a slow average of the student; leave teacher.init out")
         return {"dino": ProjectionHead(given.backbone.width, **self.head_args)}
 
     def forward(self, student: Seen, teacher: Seen, t: float) -> Tensor:

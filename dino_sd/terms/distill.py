@@ -40,6 +40,7 @@ class Distill(Term):
     """Knowledge of a frozen teacher of any architecture, on the same views: its classes, or its features."""
 
     anchor = True
+    needs = frozenset({"teacher"})
 
     def __init__(
         self,

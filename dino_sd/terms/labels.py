@@ -23,7 +23,6 @@ class Labels(Term):
     """Mean over views and over the images that have a label (Szegedy et al. 2016 for the smoothing)."""
 
     anchor = True
-    needs = frozenset()
     unlabelled = False
 
     def __init__(self, *, smoothing: float = 0.0):

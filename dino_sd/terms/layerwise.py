@@ -71,7 +71,6 @@ def layerwise_loss(
 class Layerwise(Term):
     """`layerwise_loss` for exits with the anchor's kind of head: classes with labels, prototypes with dino."""
 
-    needs = frozenset()
     unlabelled = False  # of itself: what the anchor cannot use, the exits can do little with
 
     def __init__(
