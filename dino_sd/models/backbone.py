@@ -134,8 +134,9 @@ class Backbone(nn.Module):
     def _pooled_and_patches(self, layer: Any) -> tuple[Tensor, Tensor]:
         map_NDHW, prefix_ND = layer if isinstance(layer, tuple) else (layer, None)
         patches_NPD = map_NDHW.flatten(2).transpose(1, 2)
-        reads_token = prefix_ND is not None and getattr(self.model, "global_pool", "token") == "token"
-        return (prefix_ND[:, 0] if reads_token else patches_NPD.mean(1)), patches_NPD
+        if prefix_ND is not None and getattr(self.model, "global_pool", "token") == "token":
+            return prefix_ND[:, 0], patches_NPD
+        return patches_NPD.mean(1), patches_NPD
 
     def _patches(self, last: Tensor) -> Tensor:
         if last.ndim == 3:

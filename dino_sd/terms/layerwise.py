@@ -29,7 +29,10 @@ class Settings(settings.Settings):
     )
     temperature: float = Field(default=3.0, gt=0, description="T; softens deepest output and exits")
     hint: float = Field(
-        default=0.0, ge=0, description="factor of the squared distance to the deepest features; published: 0.03"
+        default=0.0,
+        ge=0,
+        description="factor of the squared distance to the deepest features; published for ResNets: 0.03 (far too much "
+        "for a ViT, whose normed features are long)",
     )
 
 
