@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dino_sd import build
+from dino_sd import build, recipe
 from dino_sd.allocator import return_free_memory, reuse_freed_memory
 from dino_sd.config import Config
 from dino_sd.distributed import pick_device
@@ -47,7 +47,7 @@ def variants(device: torch.device) -> dict[str, str]:
 def bench_step(pairs: list[str], steps: int, markdown: Path | None) -> list[dict[str, Any]]:
     """Prints images/s (median), peak memory and model FLOP utilisation of every variant; returns the rows."""
     pairs = ["steps=1000", *pairs]
-    cfg = build.load_config(build.recipes() / "bench.yaml", pairs)
+    cfg = recipe.load_config(recipe.recipes() / "bench.yaml", pairs)
     device = pick_device(cfg.device)
     flops, _ = probe(our_method(cfg, torch.device("cpu")), cfg)
     peaks = {name: matmul_speed(device, name) for name in ("fp32", "bf16", *(["fp16"] * (device.type == "cuda")))}
@@ -192,7 +192,7 @@ def published_step(cfg: Config, device: torch.device, groups: list[Tensor], half
 
 def measure(variant: str, steps: int, pairs: list[str]) -> dict[str, float]:
     """Runs in the child: seconds a step (median after WARMUP more) and peak bytes."""
-    cfg = build.load_config(build.recipes() / "bench.yaml", pairs)
+    cfg = recipe.load_config(recipe.recipes() / "bench.yaml", pairs)
     device = pick_device(cfg.device)
     ours = variant.startswith("ours")
     if ours and device.type == "cpu":

@@ -1,12 +1,8 @@
 """Config -> objects: the only file that knows both. Below it everything takes plain arguments."""
 
 import copy
-import difflib
-import importlib
-import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +10,7 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dino_sd import checkpoint, schedule, terms
+from dino_sd import checkpoint, schedule
 from dino_sd.config import Config
 from dino_sd.data.mix import Mix
 from dino_sd.data.order import steps_per_epoch
@@ -28,93 +24,8 @@ from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model
 from dino_sd.models.weights import load_into, read_weights
 from dino_sd.schedule import Schedule
-from dino_sd.settings import (
-    Curve,
-    Settings,
-    check_keys,
-    complete_curves,
-    is_duration,
-    merge,
-    parse,
-    plain,
-    read_pairs,
-    read_yaml,
-    size_pair,
-    to_steps,
-)
-from dino_sd.term import Given, Term
-
-
-def recipes() -> Path:
-    """The folder of recipes: beside the package in a clone, inside it in a wheel."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def load_config(path: str | Path, pairs: list[str]) -> Config:
-    """A YAML file (or the name of a recipe) with `key=value` over it. Every mistake is a UserError with its place."""
-    if "=" in Path(path).name and not Path(path).exists():
-        raise UserError(f"command line: the config file or recipe comes first, then key=value; found {path} first")
-    from_file, from_line = read_recipe(Path(path)), read_pairs(pairs)
-    tree = merge(from_file, from_line)
-    if "model" in from_line and from_line["model"] != from_file.get("model"):
-        tree["model_args"] = from_line.get("model_args", {})  # the file's are those of its own model
-    groups = term_settings(tree.get("terms") or {"dino": {}})
-    check_keys(from_file, Config, str(path), groups)
-    check_keys(from_line, Config, "the command line", groups)
-    lengths = {"epochs", "steps", "images"}
-    if lengths & from_line.keys():  # a length on the command line takes the place of the file's
-        tree = {key: value for key, value in tree.items() if key not in lengths or key in from_line}
-    return finish(complete_curves(tree, Config, groups))
-
-
-def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's settings over those of its `base`, another recipe; model_args and terms take the place of the base's.
-
-    path: a file, beside the recipe that names it or anywhere, or a recipe's name.
-    """
-    places = [path, *(file.parent / path for file in above[-1:]), recipes() / f"{path.name}.yaml"]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        names = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))
-        near = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.6) or names
-        raise UserError(f"config: {path} does not exist; recipes that come with dino_sd: {', '.join(near)}")
-    if file in above:
-        raise UserError(f"config: {file} is its own base; name another recipe there")
-    tree = read_yaml(file)
-    if (base := tree.pop("base", None)) is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"config: base={base!r} in {file}: expected the name of a recipe, or a file")
-    below = read_recipe(Path(base), (*above, file))
-    return merge({key: value for key, value in below.items() if key not in tree.keys() & {"model_args", "terms"}}, tree)
-
-
-def finish(tree: dict[str, Any]) -> Config:
-    """The typed config with the settings of its terms filled in."""
-    parsed: Config = parse(Config, tree)
-    filled = {
-        name: plain(parse(term_module(name).Settings, parsed.terms[name] or {}, f"terms.{name}."))
-        for name in parsed.terms
-    }
-    return parsed.model_copy(update={"terms": filled})
-
-
-def term_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"dino_sd.terms.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"dino_sd.terms.{name}":
-            raise
-        known = [module.name for module in pkgutil.iter_modules(terms.__path__)]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0) or known
-        raise UserError(f"config: unknown term {name!r} in terms; did you mean {near[0]!r}?") from None
-
-
-def term_settings(chosen: dict[str, Any]) -> dict[str, type[Settings]]:
-    if not isinstance(chosen, dict) or not chosen:
-        raise UserError("config: terms should be a mapping such as {dino: {prototypes: 4096}} with at least one term")
-    return {f"terms.{name}": term_module(name).Settings for name in chosen}
+from dino_sd.settings import Curve, Settings, is_duration, parse, size_pair, to_steps
+from dino_sd.term import Given, Term, term_class, term_module
 
 
 @dataclass(frozen=True)
@@ -254,7 +165,6 @@ def first_weights(init: str) -> dict[str, Tensor]:
     return model.backbone.state_dict()
 
 
-@torch.no_grad()
 def check_sizes(backbone: Backbone, cfg: Config) -> None:
     """One blank image of each size through the backbone: what cannot work fails here, with its reason."""
     backbone.eval()
@@ -268,15 +178,22 @@ def check_sizes(backbone: Backbone, cfg: Config) -> None:
                 f"views.{name}.size={group.size} is not a multiple of the patch size {patch} of model={cfg.model}; "
                 f"use {nearest}"
             )
-        try:
-            backbone(torch.zeros(1, cfg.channels, height, width))
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if problem := refusal(backbone, (height, width)):
             raise UserError(
-                f"model={cfg.model} cannot take crops of {height}x{width} pixels (views.{name}.size): {reason}; "
+                f"model={cfg.model} cannot take crops of {height}x{width} pixels (views.{name}.size): {problem}; "
                 f"choose a size that it takes, views.local.count=0, or another model"
-            ) from None
+            )
     backbone.train()
+
+
+@torch.no_grad()
+def refusal(backbone: Backbone, size: tuple[int, int]) -> str | None:
+    """Why a backbone in eval mode cannot take images of this size; None where it can: one blank image tells."""
+    try:
+        backbone(torch.zeros(1, backbone.channels, *size))
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def plain_arguments(settings: Settings, length: Length, prefix: str) -> dict[str, Any]:
@@ -295,10 +212,6 @@ def plain_arguments(settings: Settings, length: Length, prefix: str) -> dict[str
             value = length.of(value) / length.steps
         arguments[name] = value
     return arguments
-
-
-def term_class(name: str) -> type[Term]:
-    return getattr(term_module(name), name.title().replace("_", ""))
 
 
 def open_data(cfg: Config) -> Source:
@@ -366,15 +279,11 @@ def load_teacher(cfg: Config) -> Model | None:
             f"channels={cfg.channels}; set channels={teacher.channels}"
         )
     height, width = size_pair(cfg.views.global_.size)
-    try:
-        with torch.no_grad():
-            teacher.backbone.pooled(torch.zeros(1, cfg.channels, height, width))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if problem := refusal(teacher.backbone, (height, width)):
         raise UserError(
-            f"teacher.init={cfg.teacher.init} cannot take crops of {height}x{width} pixels "
-            f"(views.global.size): {reason}"
-        ) from None
+            f"teacher.init={cfg.teacher.init} cannot take crops of {height}x{width} pixels (views.global.size): "
+            f"{problem}"
+        )
     for note in teacher.notes:
         say(f"teacher.init={cfg.teacher.init}: {note}")
     return teacher

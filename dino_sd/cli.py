@@ -60,8 +60,8 @@ def help_option(title: str, rows: Any) -> Any:
 
 
 def train_settings() -> Any:
-    from dino_sd.build import term_settings
     from dino_sd.config import Config
+    from dino_sd.recipe import term_settings
     from dino_sd.settings import fields
 
     return fields(Config, term_settings({"dino": {}}))
@@ -84,7 +84,7 @@ TrainHelp = Annotated[bool, help_option(DURATIONS, train_settings)]
 @app.command(add_help_option=False, epilog=DATA)
 def train(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: TrainHelp = False) -> None:
     """Train from a YAML file or the name of a recipe; goes on by itself where `out` holds an unfinished run."""
-    from dino_sd.build import load_config
+    from dino_sd.recipe import load_config
     from dino_sd.train import train as run
 
     saved = run(load_config(config, pairs or []))
@@ -101,9 +101,9 @@ def generations(
     ] = False,
 ) -> None:
     """Train born-again networks one after the other: dino-sd generations born_again generations=3."""
-    from dino_sd.build import load_config
     from dino_sd.config import GenerationsSettings
     from dino_sd.generations import generations as run
+    from dino_sd.recipe import load_config
 
     own = tuple(f"{name}=" for name in GenerationsSettings.model_fields)
     chain = [pair for pair in pairs or [] if pair.startswith(own)]
@@ -113,8 +113,8 @@ def generations(
 @app.command(add_help_option=False, epilog=DATA)
 def plan(config: str, pairs: Annotated[list[str] | None, PAIRS] = None, help: TrainHelp = False) -> None:
     """Say what `train` would do and what it needs, and do none of it."""
-    from dino_sd.build import load_config
     from dino_sd.plan import plan as show
+    from dino_sd.recipe import load_config
 
     show(load_config(config, pairs or []))
 

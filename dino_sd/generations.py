@@ -10,7 +10,6 @@ from rich.table import Table
 from torch import Tensor
 
 from dino_sd import checkpoint
-from dino_sd.build import finish
 from dino_sd.config import AccuracySettings, Config, GenerationsSettings
 from dino_sd.data.source import open_source
 from dino_sd.distributed import barrier, is_main, say, setup
@@ -18,6 +17,7 @@ from dino_sd.errors import UserError
 from dino_sd.evaluate import class_logits, write_json
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
 from dino_sd.load import load_model
+from dino_sd.recipe import finish
 from dino_sd.settings import plain
 from dino_sd.train import train
 

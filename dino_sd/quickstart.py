@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dino_sd import build
+from dino_sd import build, recipe
 from dino_sd.config import Config, KnnSettings, LinearSettings
 from dino_sd.data.loader import Batches
 from dino_sd.data.photometry import Photometry
@@ -30,7 +30,7 @@ def quickstart(pairs: list[str]) -> None:
     from matplotlib import pyplot
 
     began = time.perf_counter()
-    cfg = build.load_config(build.recipes() / "quickstart.yaml", pairs)
+    cfg = recipe.load_config(recipe.recipes() / "quickstart.yaml", pairs)
     if cfg.evaluate.every is None:
         raise UserError("quickstart judges as it trains: set evaluate.every, such as 0.25")
     run = Path(cfg.out)

@@ -1,13 +1,18 @@
 """The interface of a term, one summand of the loss. A term is a file in dino_sd/terms with a class `Settings` and a
 class named like the file (`born_again.py`: `BornAgain`)."""
 
+import difflib
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from dino_sd.errors import UserError
+from dino_sd.losses import hits, of_views
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model
 
@@ -63,8 +68,11 @@ class Given:
                 return name, head
         raise UserError(f"terms.{term} collapses when it stands alone: add an anchor, terms.labels or terms.dino")
 
-    def taught_classes(self, term: str) -> Model:
-        """The teacher, with a classifier of the data's classes. Raises UserError where there is none such."""
+    def taught_classes(self, term: str, labels_needed: bool) -> int:
+        """How many classes the teacher knows. Raises UserError where it knows none, or others than the data.
+
+        labels_needed: the data has to have them too.
+        """
         if self.teacher is None:
             raise UserError(f"terms.{term} learns from another model: set teacher.init=RUN, an export or timm:NAME")
         teacher, ours = self.teacher, self.classes
@@ -74,14 +82,17 @@ class Given:
                 f"{where} was trained without labels and knows no classes; "
                 f"terms.distill.target=features learns from what it says of images without them"
             )
-        count, theirs = teacher.heads["classifier"].out_features, teacher.classes
+        theirs = teacher.classes
+        count: int = teacher.heads["classifier"].out_features  # pyright: ignore[reportAssignmentType]
         if ours and ((theirs and theirs != ours) or count != len(ours)):
             differing = sorted({*theirs} ^ {*ours})[:3] if theirs else ["its names are unknown"]
             raise UserError(
                 f"{where} knows other classes than data: {count} against {len(ours)}, not in both: "
                 f"{', '.join(differing) or 'none, but their order'}; use a teacher of the same classes, in their order"
             )
-        return teacher
+        if labels_needed and not (ours and self.labelled):
+            raise UserError(f"terms.{term}: data has no labels; set label_share=0 to learn from the teacher alone")
+        return count
 
 
 class Term(nn.Module):
@@ -112,3 +123,42 @@ class Term(nn.Module):
 
     def after_step(self, t: float) -> None:
         """Called once an optimizer step, after however many accumulated parts, on every rank; here nothing moves."""
+
+
+def learn_from_teacher(
+    student: Seen, teacher: Seen, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, signs) of a student's classes against those of a teacher that saw the same global views.
+
+    loss: of (N, C) logits of the student and of the teacher, and the N labels or None. It becomes the objective of the
+    head "classifier".
+    """
+    labels, targets_VBC = student.labels, teacher.outputs["classifier"]
+
+    def objective(logits_VBC: Tensor) -> Tensor:
+        seen_VBC = logits_VBC[: len(targets_VBC)]  # the teacher sees no local views
+        return loss(seen_VBC.flatten(0, 1), targets_VBC.flatten(0, 1), of_views(labels, len(seen_VBC)))
+
+    student.objectives["classifier"] = Objective(objective)
+    logits_VBC = student.outputs["classifier"]
+    value = objective(logits_VBC)
+    signs = {"loss": value.detach(), "agreement": hits(logits_VBC[0], targets_VBC[0].argmax(-1))}
+    if labels is not None:
+        signs |= {"accuracy": hits(logits_VBC[0], labels), "teacher_accuracy": hits(targets_VBC[0], labels)}
+    return value, signs
+
+
+def term_module(name: str) -> ModuleType:
+    """The file of a term. Raises UserError where there is none of this name."""
+    try:
+        return importlib.import_module(f"dino_sd.terms.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"dino_sd.terms.{name}":
+            raise
+        known = [module.name for module in pkgutil.iter_modules(importlib.import_module("dino_sd.terms").__path__)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0) or known
+        raise UserError(f"config: unknown term {name!r} in terms; did you mean {near[0]!r}?") from None
+
+
+def term_class(name: str) -> type[Term]:
+    return getattr(term_module(name), name.title().replace("_", ""))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from dino_sd import build
+from dino_sd import recipe
 from dino_sd.config import Config
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def tiny_yaml(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(tiny_yaml: Path):
     def make(out: Path, **changes: Any) -> Config:
-        return build.load_config(tiny_yaml, tiny_pairs(out, **changes))
+        return recipe.load_config(tiny_yaml, tiny_pairs(out, **changes))
 
     return make
 

@@ -8,7 +8,7 @@ import yaml
 from conftest import TINY, command
 from PIL import Image
 
-from dino_sd import build, cli
+from dino_sd import cli, recipe
 from dino_sd.errors import UserError
 
 
@@ -137,4 +137,4 @@ def test_unreadable_image_in_a_worker(tiny_yaml: Path, tmp_path: Path):
 
 def test_wrong_setting_is_a_user_error_in_the_library(tiny_yaml: Path):
     with pytest.raises(UserError, match="optim.lr"):
-        build.load_config(tiny_yaml, ["optim.lr=fast"])
+        recipe.load_config(tiny_yaml, ["optim.lr=fast"])

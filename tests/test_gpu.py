@@ -18,7 +18,7 @@ from conftest import ROOT, TINY, assert_identical, command, largest_difference, 
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_sd import build, checkpoint, plan
+from dino_sd import build, checkpoint, plan, recipe
 from dino_sd.config import Config
 from dino_sd.data import draws
 from dino_sd.data.loader import Batch, Batches
@@ -159,7 +159,7 @@ def test_bf16_step_is_the_cpus_in_float32(tiny, tmp_path: Path, record_property)
 
 def colourful_crops() -> tuple[ViewSpec, list[tuple[Tensor, Tensor]]]:
     """(the published views, for each size its uint8 crops and their parameters), colours of any kind."""
-    spec = build.view_spec(build.load_config("bench", []))
+    spec = build.view_spec(recipe.load_config("bench", []))
     rows_VBR = torch.from_numpy(draws.rows(draws.draw(spec, 0, 0, np.arange(6)), spec))
     generator, made, done = torch.Generator().manual_seed(0), [], 0
     for group in spec.groups:
@@ -193,7 +193,7 @@ def ddp_against_plain(config: str) -> dict[str, float]:
     device = torch.device(GPU, 0)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    cfg = build.load_config(config, [])
+    cfg = recipe.load_config(config, [])
     groups = first_views(cfg)
     plain = step_on(method_on(cfg, GPU), cfg, groups, parts=2)
     method = method_on(cfg, GPU)
@@ -250,7 +250,7 @@ def test_two_ranks_equal_one(tmp_path: Path, model: str):
     other = {} if model == "vit" else {"model": "resnet18", "model_args": {}}
     config = written(tmp_path / "tiny.yaml", **other)
     options = {"precision": "fp64", "steps": 5}
-    one = train(build.load_config(config, tiny_pairs(tmp_path / "one", **options)))
+    one = train(recipe.load_config(config, tiny_pairs(tmp_path / "one", **options)))
     done = command("train", config, *tiny_pairs(tmp_path / "two", **options), ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert largest_difference(one, checkpoint.path_of(tmp_path / "two", 5)) < 1e-6
@@ -348,7 +348,7 @@ def test_no_step_waits_for_the_device(tiny, tmp_path: Path, optimizer: str, batc
 def test_peak_memory_is_near_the_plans(tmp_path: Path, record_property):
     """`plan` counts what a plain CPU step keeps; fused attention keeps less, temporaries come on top."""
     torch.set_num_threads(8)  # the probe runs on the CPU; the fixture of conftest sets it back
-    cfg = build.load_config("bench", ["batch_size=16", f"out={tmp_path}"])
+    cfg = recipe.load_config("bench", ["batch_size=16", f"out={tmp_path}"])
     _, activations = plan.probe(method_on(cfg, CPU), cfg)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

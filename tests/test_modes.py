@@ -15,7 +15,7 @@ import yaml
 from conftest import TINY, assert_identical, largest_difference, state_of
 from PIL import Image
 
-from dino_sd import build, checkpoint, terms
+from dino_sd import checkpoint, recipe, terms
 from dino_sd.config import AccuracySettings, Config, GenerationsSettings
 from dino_sd.data.source import open_source
 from dino_sd.errors import UserError
@@ -41,7 +41,7 @@ def settings(out: Path, terms: dict[str, Any], **changes: Any) -> Config:
     """A config from a YAML file with these terms; `__` in a name stands for a dot, as in conftest."""
     path = out.parent / f"{out.name}.yaml"
     path.write_text(yaml.safe_dump({**SUPERVISED, "out": str(out), "terms": terms}))
-    return build.load_config(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    return recipe.load_config(path, [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
 
 def draw_classes(folder: Path, names: list[str], each: int = 8, seed: int = 0) -> Path:

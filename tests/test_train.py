@@ -11,7 +11,7 @@ import torch
 from conftest import command, state_of, tiny_pairs
 from PIL import Image
 
-from dino_sd import build, checkpoint
+from dino_sd import build, checkpoint, recipe
 from dino_sd.data.loader import Batches
 from dino_sd.data.source import open_source
 from dino_sd.errors import UserError
@@ -262,14 +262,14 @@ def test_plan_trains_nothing(tiny_yaml: Path, tmp_path: Path):
 
 
 def test_every_recipe_is_valid():
-    for path in build.recipes().glob("*.yaml"):
-        cfg = build.load_config(path, [])
+    for path in recipe.recipes().glob("*.yaml"):
+        cfg = recipe.load_config(path, [])
         assert path.read_text().startswith("# "), f"{path.name} has no header"
         assert cfg.terms
 
 
 def test_part_of_a_curve_keeps_the_rest(tiny_yaml: Path, tmp_path: Path):
-    cfg = build.load_config(tiny_yaml, [f"out={tmp_path}", "optim.weight_decay.end=0.2", "teacher.momentum.end=0.95"])
+    cfg = recipe.load_config(tiny_yaml, [f"out={tmp_path}", "optim.weight_decay.end=0.2", "teacher.momentum.end=0.95"])
     assert (cfg.optim.weight_decay.start, cfg.optim.weight_decay.end) == (0.04, 0.2)
     assert (cfg.teacher.momentum.start, cfg.teacher.momentum.end) == (0.9, 0.95)
 

@@ -1,5 +1,6 @@
 """Born-again networks (Furlanello et al. 2018): the next generation learns from its finished former self."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 
 from dino_sd import settings
 from dino_sd.errors import UserError
-from dino_sd.losses import hits, label_losses, of_views, taught_loss
+from dino_sd.losses import label_losses, taught_loss
 from dino_sd.models.heads import Classifier
 from dino_sd.shapes import NO_LABEL
-from dino_sd.term import Given, Objective, Seen, Term
+from dino_sd.term import Given, Seen, Term, learn_from_teacher
 
 Weighting = Literal["none", "cwtm", "dkpp"]
 
@@ -103,7 +104,8 @@ class BornAgain(Term):
                 "terms.born_again learns from a finished run: set teacher.init=RUN, "
                 "or let `dino-sd generations CONFIG` train the chain"
             )
-        parent = given.taught_classes("born_again")
+        parent, labels_needed = given.teacher, self.label_share > 0 or self.weighting == "cwtm"
+        classes = given.taught_classes("born_again", labels_needed)
         step, steps = parent.provenance.get("step"), parent.provenance.get("steps")
         if step != steps:
             raise UserError(
@@ -117,31 +119,16 @@ class BornAgain(Term):
                 f"teacher.init: {parent.description} is of another architecture than model={given.backbone.name} with "
                 f"its model_args; born_again needs the same one (distill takes any)"
             )
-        labels_needed = self.label_share > 0 or self.weighting == "cwtm"
-        if labels_needed and not (given.classes and given.labelled):
-            raise UserError("terms.born_again: data has no labels; set label_share=0 to learn from the teacher alone")
         self.labelled = given.labelled
-        return {"classifier": Classifier(given.backbone.width, parent.heads["classifier"].out_features)}  # pyright: ignore
+        return {"classifier": Classifier(given.backbone.width, classes)}
 
     def forward(self, student: Seen, teacher: Seen, t: float) -> Tensor:
-        labels, targets_VBC = student.labels, teacher.outputs["classifier"]
-
-        def loss(logits_VBC: Tensor) -> Tensor:
-            seen = logits_VBC[: len(targets_VBC)]  # the teacher sees global views alone
-            return born_again_loss(
-                seen.flatten(0, 1), targets_VBC.flatten(0, 1), of_views(labels, len(seen)),
-                label_share=self.label_share, temperature=self.temperature, weighting=self.weighting,
-                labelled=self.labelled,
-            )  # fmt: skip
-
-        student.objectives["classifier"] = Objective(loss)
-        logits_VBC = student.outputs["classifier"]
-        value = loss(logits_VBC)
-        self.signs = {
-            "loss": value.detach(),
-            "agreement": (logits_VBC[0].argmax(-1) == targets_VBC[0].argmax(-1)).float().mean(),
-        }
-        if labels is not None:
-            self.signs["accuracy"] = hits(logits_VBC[0], labels)
-            self.signs["teacher_accuracy"] = hits(targets_VBC[0], labels)
-        return value
+        loss, self.signs = learn_from_teacher(
+            student,
+            teacher,
+            partial(
+                born_again_loss, label_share=self.label_share, temperature=self.temperature,
+                weighting=self.weighting, labelled=self.labelled,
+            ),
+        )  # fmt: skip
+        return loss

@@ -1,5 +1,6 @@
 """Distillation from another model (Hinton et al. 2015): a larger run, a timm model, an export."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -8,10 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dino_sd import settings
-from dino_sd.errors import UserError
-from dino_sd.losses import hits, of_views, taught_loss
+from dino_sd.losses import taught_loss
 from dino_sd.models.heads import Classifier
-from dino_sd.term import Given, Objective, Seen, Term
+from dino_sd.term import Given, Seen, Term, learn_from_teacher
 
 
 class Settings(settings.Settings):
@@ -55,11 +55,9 @@ class Distill(Term):
     def heads(self, given: Given) -> dict[str, nn.Module]:
         if self.target == "features" and given.teacher is not None:
             return {"distill": nn.Linear(given.backbone.width, given.teacher.backbone.width)}
-        teacher = given.taught_classes("distill")
-        if self.label_share and not (given.classes and given.labelled):
-            raise UserError("terms.distill: data has no labels; set label_share=0, or target=features")
+        classes = given.taught_classes("distill", labels_needed=self.label_share > 0)
         self.labelled = given.labelled
-        return {"classifier": Classifier(given.backbone.width, teacher.heads["classifier"].out_features)}  # pyright: ignore
+        return {"classifier": Classifier(given.backbone.width, classes)}
 
     def forward(self, student: Seen, teacher: Seen, t: float) -> Tensor:
         if self.target == "features":
@@ -67,20 +65,9 @@ class Distill(Term):
             loss = feature_loss(student.outputs["distill"][: len(targets_VBD)], targets_VBD)
             self.signs = {"loss": loss.detach()}
             return loss
-        labels, targets_VBC = student.labels, teacher.outputs["classifier"]
-
-        def objective(logits_VBC: Tensor) -> Tensor:
-            seen = logits_VBC[: len(targets_VBC)]  # the teacher sees global views alone
-            return taught_loss(
-                seen.flatten(0, 1), targets_VBC.flatten(0, 1), of_views(labels, len(seen)),
-                label_share=self.label_share, temperature=self.temperature, labelled=self.labelled,
-            )  # fmt: skip
-
-        student.objectives["classifier"] = Objective(objective)
-        logits_VBC = student.outputs["classifier"]
-        loss = objective(logits_VBC)
-        self.signs = {"loss": loss.detach()}
-        if labels is not None:
-            self.signs["accuracy"] = hits(logits_VBC[0], labels)
-            self.signs["teacher_accuracy"] = hits(targets_VBC[0], labels)
+        loss, self.signs = learn_from_teacher(
+            student,
+            teacher,
+            partial(taught_loss, label_share=self.label_share, temperature=self.temperature, labelled=self.labelled),
+        )
         return loss
