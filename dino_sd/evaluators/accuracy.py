@@ -10,11 +10,11 @@ from dino_sd.errors import UserError
 
 
 class Accuracy(NamedTuple):
-    """Percent. per_class: top-1 of each class, not a number where the set has no image of it."""
+    """Percent. per_class: top-1 of each class, None where the set has no image of it."""
 
     top1: float
     top5: float
-    per_class: list[float]
+    per_class: list[float | None]
 
 
 @torch.inference_mode()
@@ -36,10 +36,14 @@ def accuracy(logits_NC: Tensor, labels_N: Tensor) -> Accuracy:
         raise UserError("evaluate: the model's outputs are not finite; its training diverged")
     best_NK = logits_NC.sort(dim=1, descending=True, stable=True).indices[:, : min(5, classes)]
     right_NK = best_NK == labels_N[:, None]
-    images_C = torch.bincount(labels_N, minlength=classes).double()
+    images_C = torch.bincount(labels_N, minlength=classes)
     right_C = torch.bincount(labels_N, weights=right_NK[:, 0].double(), minlength=classes)
     top1, top5 = (100 * share.double().mean().item() for share in (right_NK[:, 0], right_NK.any(1)))
-    return Accuracy(top1, top5, (100 * right_C / images_C).tolist())
+    per_class = [
+        100 * right / images if images else None
+        for right, images in zip(right_C.tolist(), images_C.tolist(), strict=True)
+    ]
+    return Accuracy(top1, top5, per_class)
 
 
 def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
