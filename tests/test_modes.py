@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import TINY, assert_identical, largest_difference, state_of
+from conftest import TINY, assert_identical, command, largest_difference, state_of, tiny_pairs
 from PIL import Image
 
 from dino_sd import checkpoint, recipe, terms
@@ -138,6 +139,31 @@ def test_one_batch_is_its_parts(tmp_path: Path, target: str):
     parts = train(settings(tmp_path / "parts", terms, accumulate=4, **options))
     assert largest_difference(whole, parts) < 1e-6
     assert bool(teacher_of(whole)) == (target == "teacher")
+
+
+def test_two_ranks_are_one(tmp_path: Path):
+    """A chain of two generations with a companion, under torchrun: the same weights and the same accuracies."""
+    terms = {"born_again": {}, "consistency": {}}
+    options: dict[str, Any] = {"precision": "fp64", "drop_path": 0.0, "steps": 4, "labelled": 0.5, "batch_size": 64}
+    options |= {"evaluate__every": 1.0, "evaluate__test": "fashion-mnist-mini:test"}
+    one = generations(settings(tmp_path / "one", terms, **options), GenerationsSettings(generations=1))
+    settings(tmp_path / "two", terms, **options)
+    pairs = tiny_pairs(tmp_path / "two", **options)
+    done = command(
+        "generations",
+        tmp_path / "two.yaml",
+        *pairs,
+        "generations=1",
+        ranks=2,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    for run in ("gen0", "gen1"):
+        assert largest_difference(*(checkpoint.path_of(tmp_path / n / run, 4) for n in ("one", "two"))) < 1e-6
+    two = json.loads((tmp_path / "two" / "lineage.json").read_text())
+    for ours, theirs in zip(one["generations"], two["generations"], strict=True):
+        assert theirs["accuracy"] == pytest.approx(ours["accuracy"], abs=0.06)  # one image in 2,000 may tip over
+        assert theirs["parent"] == ours["parent"]
 
 
 def test_mixed_labels_train(tmp_path: Path):
