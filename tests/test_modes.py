@@ -159,7 +159,8 @@ def test_two_ranks_are_one(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     for run in ("gen0", "gen1"):
-        assert largest_difference(*(checkpoint.path_of(tmp_path / n / run, 4) for n in ("one", "two"))) < 1e-6
+        ours, theirs = (checkpoint.path_of(tmp_path / ranks / run, 4) for ranks in ("one", "two"))
+        assert largest_difference(ours, theirs) < 1e-6
     two = json.loads((tmp_path / "two" / "lineage.json").read_text())
     for ours, theirs in zip(one["generations"], two["generations"], strict=True):
         assert theirs["accuracy"] == pytest.approx(ours["accuracy"], abs=0.06)  # one image in 2,000 may tip over
