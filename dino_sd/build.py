@@ -218,7 +218,7 @@ def open_data(cfg: Config) -> Source:
     """The images to train on, with the labels that may be used; without those that no term can learn from."""
     source = open_source(cfg.data, cfg.channels)
     if cfg.labelled < 1:
-        source.keep_labels(cfg.labelled, cfg.seed)
+        source.keep_labels(cfg.labelled, cfg.seed if cfg.labelled_seed is None else cfg.labelled_seed)
     if source.labels() is None or any(term_class(name).unlabelled for name in cfg.terms):
         return labelled_often(source, cfg.oversample)
     known = labelled_only(source)
@@ -268,7 +268,8 @@ def load_teacher(cfg: Config) -> Model | None:
     if cfg.teacher.init is None:
         return None
     try:
-        teacher = load_model(cfg.teacher.init)
+        with torch.random.fork_rng(devices=[]):  # the student's first weights are its seed's, whoever teaches it
+            teacher = load_model(cfg.teacher.init)
     except UserError as error:
         raise UserError(f"teacher.init={cfg.teacher.init}: {error}") from None
     if not isinstance(teacher.backbone, Backbone):
@@ -345,6 +346,6 @@ def make_method(
     if world_size() > 1 and device.type == "cuda":
         convert_sync_batchnorm(method)  # timm's knows batch norms with an activation inside; torch's would drop it
     if cfg.compile:
-        for network in networks:  # `pooled` is what a step calls, not `forward`
-            network.backbone.pooled = torch.compile(network.backbone.pooled, dynamic=False)
+        for network in networks:  # what a step calls; evaluation makes networks of its own
+            network.compiled = torch.compile(network.backbone.pooled, dynamic=False)
     return method

@@ -78,11 +78,11 @@ class Teacher(Settings):
 
     @model_validator(mode="after")
     def _frozen(self) -> "Teacher":
-        if self.init is None:
-            return self
-        if "momentum" in self.model_fields_set and (self.momentum.start, self.momentum.end) != (1, 1):
-            raise ValueError(f"teacher.init={self.init} does not move: leave teacher.momentum out")
-        return self.model_copy(update={"momentum": Curve(start=1, end=1)})
+        if self.init is not None:
+            if "momentum" in self.model_fields_set and (self.momentum.start, self.momentum.end) != (1, 1):
+                raise ValueError(f"teacher.init={self.init} does not move: leave teacher.momentum out")
+            self.momentum = Curve(start=1, end=1)
+        return self
 
 
 class Optim(Settings):
@@ -151,6 +151,9 @@ class Config(Settings):
     data: str = Field(default="fashion-mnist-mini:train", description="images to train on: DATA")
     labelled: float = Field(
         default=1.0, gt=0, le=1, description="share of each class's images whose label is used; the rest has none"
+    )
+    labelled_seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="draws which labels those are; null: the seed"
     )
     oversample: int = Field(
         default=1, ge=1, description="times that a labelled image comes in an epoch where others have no label"

@@ -27,10 +27,10 @@ from dino_sd.errors import UserError
 from dino_sd.evaluators.accuracy import scores_of
 from dino_sd.evaluators.knn import knn
 from dino_sd.evaluators.linear import linear_probe
-from dino_sd.load import load_model
+from dino_sd.load import load_model, shallow
 from dino_sd.method import Network
 from dino_sd.models.backbone import Backbone
-from dino_sd.models.model import Model
+from dino_sd.models.model import Model, check_same_classes
 from dino_sd.settings import plain
 
 OWN_SIZE_UP_TO = 64  # pixels; raw pixels of larger images are compared at 32 x 32
@@ -119,17 +119,14 @@ def class_logits(
         )
     if test.labels() is None:
         raise UserError(f"test={test.name} has no labels; evaluation needs them, e.g. one folder a class")
-    if model.classes and test.classes and model.classes != test.classes:
-        differing = sorted({*model.classes} ^ {*test.classes})[:3] or ["none, but their order"]
-        raise UserError(
-            f"test={test.name} has {len(test.classes)} classes, the model knows {len(model.classes)}; not in both: "
-            f"{', '.join(differing)}"
-        )
+    if test.classes:
+        count = getattr(model.heads["classifier"], "out_features", len(model.classes or test.classes))
+        check_same_classes(f"MODEL {model.description}", model.classes or count, f"test={test.name}", test.classes)
     network = Network(model.backbone, model.heads)
 
     def logits_of(images: Tensor) -> Tensor:
         outputs = network([images], len(images)).outputs
-        return torch.cat([outputs[name][0].float() for name in model.heads], 1)
+        return torch.cat([outputs[name][0] for name in model.heads], 1)
 
     features = Embedding(model, device, settings)
     logits_NX, labels_N = features(test, "test", of=logits_of)
@@ -141,6 +138,8 @@ def prepare(spec: str | Path | Model, device: torch.device, settings: JudgeSetti
     if not isinstance(model, Model):
         channels = getattr(settings, "channels", None)
         model = load_model(model, device, network=settings.network, channels=channels, exit=settings.exit)
+    elif settings.exit is not None:
+        model = shallow(model, settings.exit)
     for note in model.notes:
         say(f"{model.description}: {note}")
     return model

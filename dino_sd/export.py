@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dino_sd.distributed import is_main
 from dino_sd.errors import UserError
-from dino_sd.load import load_model
+from dino_sd.load import load_model, shallow
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.heads import Classifier
 from dino_sd.models.model import Model
@@ -71,7 +71,8 @@ def export(
     if not is_main():
         return out
     check_replaceable(out)
-    model = spec if isinstance(spec, Model) else load_model(spec, network=network, exit=exit)
+    whole = spec if isinstance(spec, Model) else load_model(spec, network=network)
+    model = whole if exit is None else shallow(whole, exit)
     if not isinstance(model.backbone, Backbone) or model.size is None:
         raise UserError(f"MODEL {spec}: raw pixels have no weights to export")
     if exit is not None and not isinstance(model.backbone.model, VisionTransformer):
@@ -95,8 +96,8 @@ def export(
     sizes = ", ".join(dict.fromkeys(name.split(" ")[0] for name in differences))
     print(f"exported {model.description} to {out}")
     print(f"reloaded in a fresh process without dino_sd: largest difference of features {largest:.1e} ({sizes} pixels)")
-    if exit is not None and not isinstance(spec, Model):
-        compare_with_whole(model, load_model(spec, network=network), exit)
+    if exit is not None:
+        compare_with_whole(model, whole, exit)
     print(loading_lines(out, len(model.classes or ()) if classifier_of(model) is not None else 0))
     return out
 

@@ -30,37 +30,43 @@ def generations(cfg: Config, settings: GenerationsSettings) -> dict[str, Any]:
     """
     check(cfg)
     out, device = Path(cfg.out), setup(cfg.device)
+    judged = AccuracySettings(test=str(cfg.evaluate.test), device=cfg.device, workers=cfg.workers)
+    test = open_source(judged.test, cfg.channels)
     lineage: list[dict[str, Any]] = []
+    logits, labels_N = [], torch.empty(0, dtype=torch.int64)
     for number in range(settings.generations + 1):
         run = out / f"gen{number}"
         parent = out / f"gen{number - 1}" if number else None
         saved = train(generation_config(cfg, number))
-        scores = checkpoint.load(saved)["scores"]
+        # judged here and not when it was trained: that may have been on another set, or in bfloat16
+        of_model, labels_N = class_logits(load_model(saved, device), test, device, judged)
+        logits.append(of_model["classifier"])
+        result = accuracy(logits[-1], labels_N)
         lineage.append({
             "name": run.name, "seed": cfg.seed + number, "parent": parent and parent.name,
             "parent_sha256": lineage[-1]["sha256"] if lineage else None, "sha256": sha256_of(saved),
-            "accuracy": scores["accuracy"], "accuracy_top5": scores["accuracy_top5"], "knn": scores.get("knn"),
+            "accuracy": result.top1, "accuracy_top5": result.top5, "knn": knn_of(saved, cfg),
             "checkpoint": str(saved.relative_to(out)),
         })  # fmt: skip
-        if settings.stop_early and number and scores["accuracy"] <= lineage[-2]["accuracy"]:
+        if settings.stop_early and number and result.top1 <= lineage[-2]["accuracy"]:
             say(f"{run.name} is no better than {lineage[-2]['name']}: stopped early")
             break
-    members = [load_model(out / entry["checkpoint"], device) for entry in lineage]
-    judged = AccuracySettings(test=str(cfg.evaluate.test), device=cfg.device, workers=cfg.workers)
-    test = open_source(judged.test, cfg.channels)
-    logits, labels_N = [], torch.empty(0, dtype=torch.int64)
-    for model in members:
-        of_model, labels_N = class_logits(model, test, device, judged)
-        logits.append(of_model["classifier"])
-    result = {
+    report = {
         "generations": lineage, "ensembles": ensembles(logits, labels_N), "test": test.name,
         "images": len(test), "config": plain(cfg),
     }  # fmt: skip
     if is_main():
-        write_json(out / "lineage.json", result)
-        print_table(result, out)
+        write_json(out / "lineage.json", report)
+        print_table(report, out)
     barrier()
-    return result
+    return report
+
+
+def knn_of(saved: Path, cfg: Config) -> float | None:
+    """k-NN at the end of a run, if it was on the sets of the config."""
+    state = checkpoint.load(saved)
+    sets = [(evaluate["train"], evaluate["test"]) for evaluate in (state["config"]["evaluate"], plain(cfg.evaluate))]
+    return state["scores"].get("knn") if sets[0] == sets[1] else None
 
 
 def check(cfg: Config) -> None:
@@ -75,6 +81,7 @@ def check(cfg: Config) -> None:
 def generation_config(cfg: Config, number: int) -> Config:
     """The run of one generation: the first learns from labels alone; each has a seed of its own."""
     tree = plain(cfg) | {"out": str(Path(cfg.out) / f"gen{number}"), "seed": cfg.seed + number}
+    tree["labelled_seed"] = cfg.seed if cfg.labelled_seed is None else cfg.labelled_seed  # all know the same labels
     if number:
         tree["teacher"] = {"init": str(Path(cfg.out) / f"gen{number - 1}")}
     else:

@@ -1,5 +1,6 @@
 """MODEL on the command line -> a frozen backbone with all that is needed to feed it."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -61,10 +62,10 @@ def load_model(
 
 
 def shallow(model: Model, exit: int) -> Model:
-    """The part of a model up to the block `exit`. Raises UserError where there is none."""
+    """The part of a model up to the block `exit`; the model stays whole. Raises UserError where there is none."""
     if not isinstance(model.backbone, Backbone):
         raise UserError("exit: raw pixels have no blocks to stop at")
-    backbone = model.backbone.cut_(exit)
+    backbone = copy.deepcopy(model.backbone).cut_(exit)
     place = place_of_norm(backbone.model)
     if isinstance(backbone.model, VisionTransformer) and place is None:
         raise UserError(f"exit={exit}: model={backbone.name} pools tokens in a way of its own and cannot be cut")
@@ -76,6 +77,9 @@ def shallow(model: Model, exit: int) -> Model:
         setattr(backbone.model, place, norm)
     elif norm is not None and heads:  # a ResNet has none
         heads["classifier"] = nn.Sequential(norm, heads["classifier"])
+    device = next(model.backbone.parameters()).device
+    for module in (backbone, *heads.values()):
+        module.to(device).eval().requires_grad_(False)
     description = f"{model.description}, up to block {exit}"
     return replace(model, backbone=backbone, heads=heads, description=description, norms={})
 

@@ -36,7 +36,7 @@ class Log:
     def __init__(self, run: Path, *, start_step: int, steps: int, active: bool, wandb: str, config: dict[str, Any]):
         self.steps, self.active, self.start_step = steps, active, start_step
         self.began = time.perf_counter()
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, Any] = {}
         self.wandb: Any = None
         if not active:
             return
@@ -79,7 +79,7 @@ class Log:
         print(f"warning: wandb failed, going on without it: {error}", file=sys.stderr, flush=True)
         self.wandb = None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl; `step` is the number of steps done."""
         self.latest.update(values)
         if not self.active:

@@ -1,6 +1,6 @@
 """One student, one teacher, a weighted sum of terms."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,12 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, heads: dict[str, nn.Module], rescale: tuple[Tensor, Tensor] | None = None):
         super().__init__()
         self.backbone = backbone
+        self.compiled: Callable[..., list[Tensor]] | None = None  # of backbone.pooled, for training steps
         self.heads = nn.ModuleDict(heads)
         for name, values in zip(("factor", "shift"), rescale or (None, None), strict=True):
             self.register_buffer(name, values, persistent=False)
 
-    def forward(
-        self, groups: list[Tensor], batch: int, labels: Tensor | None = None, heads: Collection[str] | None = None
-    ) -> Seen:
+    def forward(self, groups: list[Tensor], batch: int, heads: Collection[str] | None = None) -> Seen:
         """groups: crops of one size each, (views * batch, C, H, W), view-major. One backbone pass for each size.
 
         heads: those wanted; None: all.
@@ -41,11 +40,17 @@ class Network(nn.Module):
             groups = [images * self.factor + self.shift for images in groups]
         wanted = {name: head for name, head in self.heads.items() if heads is None or name in heads}
         exits = sorted({exit for head in wanted.values() if (exit := exit_of(head)) is not None})
-        taps = zip(*(self.backbone.pooled(images, exits) for images in merge_sizes(groups)), strict=True)
+        pooled = self.compiled or self.backbone.pooled
+        taps = zip(*(pooled(images, exits) for images in merge_sizes(groups)), strict=True)
         pooled_ND, *rest = (torch.cat(tap) for tap in taps)
         read: dict[int | None, Tensor] = {None: pooled_ND, **dict(zip(exits, rest, strict=True))}
-        outputs = {name: head(read[exit_of(head)]).unflatten(0, (-1, batch)) for name, head in wanted.items()}
-        return Seen(list(pooled_ND.split(batch)), outputs, labels)
+        outputs = {name: full(head(read[exit_of(head)])).unflatten(0, (-1, batch)) for name, head in wanted.items()}
+        return Seen(list(full(pooled_ND).split(batch)), outputs)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """In at least float32: what losses read."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def merge_sizes(groups: list[Tensor]) -> list[Tensor]:
@@ -113,16 +118,17 @@ class SelfDistillation(nn.Module):
         Returns each term's weighted loss. The teacher sees the global crops alone, and no exits are asked of it.
         """
         clean, groups = (groups[-1:], groups[:-1]) if self.wants_clean else ([], groups)
-        teacher = Seen(labels=labels)
+        teacher = Seen()
         with torch.no_grad():
             if "teacher" in self.needs:
-                teacher = self.teacher(groups[:1], batch, labels, deepest_heads(self.teacher))
+                teacher = self.teacher(groups[:1], batch, deepest_heads(self.teacher))
             if "teacher.clean" in self.needs:
-                teacher.clean = self.teacher(clean, batch, labels, deepest_heads(self.teacher))
-        student = self.student(groups, batch, labels)
+                teacher.clean = self.teacher(clean, batch, deepest_heads(self.teacher))
+        student = self.student(groups, batch)
+        student.labels = labels
         if "student.clean" in self.needs:
             with torch.no_grad():
-                student.clean = self.student(clean, batch, labels, deepest_heads(self.student))
+                student.clean = self.student(clean, batch, deepest_heads(self.student))
         with torch.autocast(groups[0].device.type, enabled=False):  # losses are no place for three digits
             losses = {name: self.weights[name](t) * term(student, teacher, t) for name, term in self.terms.items()}
         self.signs = {

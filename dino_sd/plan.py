@@ -18,6 +18,7 @@ from dino_sd.log import duration
 from dino_sd.method import SelfDistillation
 from dino_sd.run import labelled_share
 from dino_sd.speed import matmul_speed
+from dino_sd.validation import Validation
 
 OPTIMIZER_STATES = {"adamw": 2, "sgd": 1, "lars": 1}
 PROBED = 2  # images: one would not do for batch norm
@@ -25,7 +26,7 @@ USUAL_SHARE = 0.4  # of the matmul speed that a whole step reaches; `bench step`
 
 
 def plan(cfg: Config) -> None:
-    """Prints the run's length, sizes, memory and compute. Settings, model and data are checked as `train` does it."""
+    """Prints the run's length, sizes, memory and compute. Settings, model, images and evaluation sets are checked."""
     device = pick_device(cfg.device)
     backbone = build.make_backbone(cfg, cfg.drop_path)
     source = build.open_data(cfg)
@@ -33,6 +34,8 @@ def plan(cfg: Config) -> None:
     data = {"classes": source.classes, "labelled": labelled_share(source), "mean": cfg.views.mean, "std": cfg.views.std}
     method = build.make_method(cfg.model_copy(update={"compile": False}), backbone, length, torch.device("cpu"), data)
     build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
+    build.make_mix(cfg, build.view_spec(cfg, method.wants_clean), data)
+    Validation(cfg, method, device, data)
     flops, activations = probe(method, cfg)
     micro = cfg.batch_size // (cfg.accumulate * world_size())
     parameters = sum(p.numel() for p in method.student.parameters())

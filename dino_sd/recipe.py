@@ -35,7 +35,9 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     path: a file, beside the recipe that names it or anywhere, or a recipe's name.
     """
-    places = [path, *(file.parent / path for file in above[-1:]), recipes() / f"{path.name}.yaml"]
+    places = [*(file.parent / path for file in above[-1:]), path]
+    if path.parent == Path("."):
+        places.append(recipes() / f"{path.name}.yaml")
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         names = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dino_sd.errors import UserError
 from dino_sd.losses import hits, of_views
 from dino_sd.models.backbone import Backbone
-from dino_sd.models.model import Model
+from dino_sd.models.model import Model, check_same_classes
 
 
 class Objective(NamedTuple):
@@ -31,8 +31,8 @@ class Objective(NamedTuple):
 class Seen:
     """What one network saw of a step's views, global views first.
 
-    pooled: (B, D) for each view. outputs: for each head, (V, B, K). labels: int64 (B,) with -1 for none, or
-    probabilities (B, C), or None. clean: the same of the clean image, one view, no gradient, where a term needs it.
+    pooled: (B, D) for each view. outputs: for each head, (V, B, K). labels: the student's; int64 (B,) with -1 for none,
+    or probabilities (B, C), or None. clean: the same of the clean image, one view, no gradient, where a term needs it.
     objectives: what the anchors said, by head.
     """
 
@@ -84,12 +84,8 @@ class Given:
             )
         theirs = teacher.classes
         count: int = teacher.heads["classifier"].out_features  # pyright: ignore[reportAssignmentType]
-        if ours and ((theirs and theirs != ours) or count != len(ours)):
-            differing = sorted({*theirs} ^ {*ours})[:3] if theirs else ["its names are unknown"]
-            raise UserError(
-                f"{where} knows other classes than data: {count} against {len(ours)}, not in both: "
-                f"{', '.join(differing) or 'none, but their order'}; use a teacher of the same classes, in their order"
-            )
+        if ours:
+            check_same_classes(where, theirs or count, "data", ours)
         if labels_needed and not (ours and self.labelled):
             raise UserError(f"terms.{term}: data has no labels; set label_share=0 to learn from the teacher alone")
         return count

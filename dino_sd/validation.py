@@ -15,6 +15,7 @@ from dino_sd.evaluators.accuracy import scores_of
 from dino_sd.evaluators.knn import knn
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.heads import says_classes
+from dino_sd.models.model import check_same_classes
 from dino_sd.settings import size_pair
 
 
@@ -38,11 +39,8 @@ class Validation:
             where = f"evaluate.{name}={source.name}"
             if source.labels() is None:
                 raise UserError(f"{where} has no labels; use class folders")
-            if known is not None and source.classes is not None and source.classes != known:
-                raise UserError(
-                    f"{where} has other classes than data={cfg.data}: {len(source.classes)}, {len(known)} there; "
-                    f"not in both: {', '.join(sorted({*source.classes} ^ {*known})[:3]) or 'none, but their order'}"
-                )
+            if known is not None and source.classes is not None:
+                check_same_classes(where, source.classes, f"data={cfg.data}", known)
         if "train" in names:
             train, test = (len(self.sources[name].classes or ()) for name in ("train", "test"))
             if train != test:
@@ -62,12 +60,13 @@ class Validation:
 
     def __call__(self, method: SelfDistillation) -> dict[str, Any]:
         """{"knn", "accuracy", "accuracy_top5", "accuracy_per_class", "exit_3/accuracy", "ensemble/accuracy", ...}"""
-        network: Network = getattr(method, method.result)
+        result: Network = getattr(method, method.result)
+        network = Network(result.backbone, {name: result.heads[name] for name in self.heads})  # runs uncompiled
         width = network.backbone.width
 
         def everything(images: Tensor) -> Tensor:
-            seen = network([images], len(images), heads=self.heads)
-            return torch.cat([seen.pooled[0].float(), *(seen.outputs[name][0].float() for name in self.heads)], 1)
+            seen = network([images], len(images))
+            return torch.cat([seen.pooled[0], *(seen.outputs[name][0] for name in self.heads)], 1)
 
         found_NX, labels_N = embed(network.backbone, self.sources["test"], of=everything, **self.arguments)
         scores: dict[str, Any] = {}
@@ -79,9 +78,9 @@ class Validation:
         method.train()
         if self.heads:
             parts = found_NX[:, width:].chunk(len(self.heads), 1)
-            for name, result in scores_of(dict(zip(self.heads, parts, strict=True)), labels_N).items():
+            for name, score in scores_of(dict(zip(self.heads, parts, strict=True)), labels_N).items():
                 prefix = "" if name == "classifier" else f"{name}/"
-                scores |= {f"{prefix}accuracy": result.top1, f"{prefix}accuracy_top5": result.top5}
+                scores |= {f"{prefix}accuracy": score.top1, f"{prefix}accuracy_top5": score.top5}
                 if name == "classifier":
-                    scores["accuracy_per_class"] = result.per_class
+                    scores["accuracy_per_class"] = score.per_class
         return scores

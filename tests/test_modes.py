@@ -16,16 +16,17 @@ import yaml
 from conftest import TINY, assert_identical, command, largest_difference, state_of, tiny_pairs
 from PIL import Image
 
-from dino_sd import checkpoint, recipe, terms
+from dino_sd import build, checkpoint, recipe, terms
 from dino_sd.config import AccuracySettings, Config, GenerationsSettings
 from dino_sd.data.source import open_source
 from dino_sd.errors import UserError
 from dino_sd.evaluate import class_logits, evaluate_accuracy
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
 from dino_sd.export import export
-from dino_sd.generations import generations
+from dino_sd.generations import generation_config, generations
 from dino_sd.load import load_model
 from dino_sd.models.backbone import Backbone
+from dino_sd.plan import plan
 from dino_sd.train import train
 
 SUPERVISED: dict[str, Any] = {
@@ -506,3 +507,75 @@ def test_export_of_a_classifier_and_of_its_exit(tmp_path: Path, capsys):
         with pytest.raises(UserError, match=rf"exit={wrong}: .*2 blocks"):
             export(run, tmp_path / "none", exit=wrong)
     assert not (tmp_path / "none").exists()
+
+
+# What a reviewer found
+
+
+def test_generations_know_the_same_labels():
+    cfg = recipe.load_config("born_again", ["labelled=0.1", "seed=3"])
+    known = [build.open_data(generation_config(cfg, number)).labels() for number in (0, 1, 2)]
+    chosen = [np.flatnonzero(labels != -1) for labels in known[1:]]
+    assert len(known[0]) == 1000 and np.array_equal(*chosen)  # labels alone leave the others out
+    assert np.array_equal(known[0], known[1][chosen[0]])
+
+
+def test_generations_are_judged_on_the_set_of_the_table(tmp_path: Path):
+    generations(chain(tmp_path / "chain"), GenerationsSettings(generations=1))
+    other = draw_classes(tmp_path / "others", ["a", "b", "c"], each=12, seed=5)
+    cfg = chain(tmp_path / "chain", evaluate__test=other)
+    found = generations(cfg, GenerationsSettings(generations=1))
+    judge = AccuracySettings(test=str(other), device="cpu", workers=0)
+    for entry in found["generations"]:
+        report = evaluate_accuracy(tmp_path / "chain" / entry["name"], judge)
+        assert entry["accuracy"] == report["results"][0]["top1"] and entry["knn"] is None
+
+
+def test_first_weights_do_not_depend_on_the_teacher(parents: dict[str, Path], tmp_path: Path):
+    heads = []
+    for name in ("larger", "finished"):
+        cfg = settings(tmp_path / name, {"distill": {}}, teacher__init=parents[name])
+        torch.manual_seed(0)
+        data = {"classes": None, "labelled": 1.0, "mean": None, "std": None}
+        data["classes"] = open_source("fashion-mnist-mini:train", 1).classes
+        method = build.make_method(
+            cfg, build.make_backbone(cfg), build.length_of(cfg, 10000), torch.device("cpu"), data
+        )
+        heads.append(method.student.heads["classifier"].weight)
+    assert torch.equal(*heads)
+
+
+def test_losses_get_float32_under_autocast(parents: dict[str, Path], tmp_path: Path):
+    cfg = settings(tmp_path / "run", {"distill": {"target": "features"}}, teacher__init=parents["larger"])
+    method = build.make_method(cfg, build.make_backbone(cfg), build.length_of(cfg, 10000), torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = method([torch.randn(4, 1, 28, 28)], 4, None, 0.0)
+    assert losses["distill"].dtype == torch.float32
+
+
+def test_part_of_a_model_leaves_it_whole(parents: dict[str, Path], tmp_path: Path, capsys):
+    whole = load_model(parents["larger"])
+    part = load_model(export(whole, tmp_path / "part", exit=1))
+    assert isinstance(whole.backbone, Backbone) and isinstance(part.backbone, Backbone)
+    assert (len(part.backbone.widths), len(whole.backbone.widths)) == (1, 3)
+
+
+def test_base_is_looked_for_beside_its_recipe(tmp_path: Path, monkeypatch):
+    for folder, batch in (("beside", 32), ("here", 64)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(f"base: supervised\nbatch_size: {batch}\nsteps: 3\n")
+    (tmp_path / "beside" / "run.yaml").write_text("base: mine.yaml\nmodel: resnet18\nepochs: 2\n")
+    monkeypatch.chdir(tmp_path / "here")
+    cfg = recipe.load_config("../beside/run.yaml", [])
+    assert (cfg.batch_size, cfg.model_args, cfg.epochs, cfg.steps) == (32, {}, 2, None)
+    with pytest.raises(UserError, match="does not exist"):
+        recipe.load_config("/nowhere/supervised", [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"views__mixup": 0.2, "views__global__count": 2}, {"evaluate__every": 1.0, "evaluate__test": "/nowhere"}],
+)
+def test_plan_refuses_what_train_refuses(tmp_path: Path, changes: dict):
+    with pytest.raises(UserError, match="views.mixup|nowhere"):
+        plan(settings(tmp_path / "run", {"labels": {}}, **changes))

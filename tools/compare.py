@@ -82,9 +82,9 @@ class Comparison:
             raise SystemExit(
                 f"error: {command} {entry.recipe} failed ({last}); all of it: {folder.with_suffix('.log')}"
             )
-        timing = folder.with_suffix(".seconds")  # what a run took that goes on adds up
-        before = float(timing.read_text()) if timing.exists() else 0.0
-        timing.write_text(str(before + time.perf_counter() - began))
+        timing = folder.with_suffix(".seconds")
+        if not timing.exists():  # a run that was finished before only starts up and ends
+            timing.write_text(str(time.perf_counter() - began))
         self.done += 1
         left = (time.perf_counter() - self.began) / self.done * (self.total - self.done)
         print(f"{self.done}/{self.total}  {folder}  ETA {left / 60:.0f} min", file=sys.stderr, flush=True)

@@ -49,6 +49,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.name, self.size, self.channels, self.model_args = name, size, channels, dict(model_args or {})
+        self.architecture = name.split(".")[0]  # without the tag of pretrained weights
         args: dict[str, Any] = {"in_chans": channels}
         if not pretrained:
             args["num_classes"] = 0
@@ -104,7 +105,8 @@ class Backbone(nn.Module):
         tokens: dict[int, Tensor] = {}
         for number, block in enumerate(model.blocks[:-1], 1):
             tokens_NPD = lean_block(block, tokens_NPD)
-            tokens[number] = tokens_NPD[:, 0]
+            if number in exits:  # a view keeps all tokens of its block alive
+                tokens[number] = tokens_NPD[:, 0]
         last_N1D = class_token_of(model.blocks[-1], tokens_NPD)
         tokens[len(model.blocks)] = last_N1D[:, 0]
         return [model.forward_head(model.norm(last_N1D), pre_logits=True), *(tokens[exit] for exit in exits)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from dino_sd.errors import UserError
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.pixels import Pixels
 
@@ -37,3 +38,15 @@ class Model:
     @property
     def channels(self) -> int:
         return self.backbone.channels
+
+
+def check_same_classes(where: str, theirs: list[str] | int, other: str, ours: list[str]) -> None:
+    """Raises UserError unless both are the same classes in the same order. theirs: a number where nobody named them."""
+    if theirs in (ours, len(ours)):
+        return
+    count, names = (theirs, None) if isinstance(theirs, int) else (len(theirs), theirs)
+    differing = ["unknown, they have no names there"] if names is None else sorted({*names} ^ {*ours})[:3]
+    raise UserError(
+        f"{where} has other classes than {other}: {count} against {len(ours)}, not in both: "
+        f"{', '.join(differing) or 'none, but their order'}; both need the same classes, in the same order"
+    )

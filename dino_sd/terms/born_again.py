@@ -27,8 +27,8 @@ class Settings(settings.Settings):
     temperature: float = Field(default=1.0, gt=0, description="T; softens teacher and student")
     weighting: Weighting = Field(
         default="none",
-        description="cwtm: labels alone, each image weighted by the teacher's confidence; dkpp: the teacher's other "
-        "classes are shuffled",
+        description="cwtm: labels alone, each image weighted by the teacher's confidence (over each part of the batch: "
+        "ranks and accumulate change it a little); dkpp: the teacher's other classes are shuffled",
     )
 
 
@@ -112,7 +112,7 @@ class BornAgain(Term):
                 f"teacher.init: {parent.description} is not finished; run its own command again until it is"
             )
         ours, theirs = given.backbone.model.state_dict(), parent.backbone.model.state_dict()  # pyright: ignore
-        if given.backbone.name != parent.backbone.name or {k: v.shape for k, v in ours.items()} != {
+        if given.backbone.architecture != parent.backbone.architecture or {k: v.shape for k, v in ours.items()} != {
             k: v.shape for k, v in theirs.items()
         }:
             raise UserError(

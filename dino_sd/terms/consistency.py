@@ -2,7 +2,6 @@
 
 from typing import Annotated, Literal
 
-import torch  # noqa: F401  (the docstring's example)
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ def consistency_loss(augmented_logits: Tensor, clean_logits: Tensor, temperature
     Both (..., K); the clean side gets no gradient. Add a loss that anchors it: alone it collapses. Raises ValueError
     when T <= 0. The loss of Yun et al. 2020 (CS-KD) with the clean view of the same image as its teacher.
 
+    >>> import torch
     >>> augmented = torch.randn(8, 10, requires_grad=True)
     >>> with torch.no_grad():
     ...     clean = torch.randn(8, 10)  # model(clean_images)
