@@ -12,11 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_sd import checkpoint, schedule
 from dino_sd.config import Config
+from dino_sd.data.cache import cached, in_memory
+from dino_sd.data.joined import Joined
+from dino_sd.data.loader import cores
 from dino_sd.data.mix import Mix
 from dino_sd.data.order import steps_per_epoch
 from dino_sd.data.source import Source, labelled_often, labelled_only, open_source
 from dino_sd.data.views import ViewGroup, ViewSpec
-from dino_sd.distributed import say, world_size
+from dino_sd.distributed import local_world_size, say, world_size
 from dino_sd.errors import UserError
 from dino_sd.load import load_model
 from dino_sd.method import Network, SelfDistillation
@@ -44,7 +47,7 @@ def length_of(cfg: Config, images: int) -> Length:
     """Raises UserError when the data does not fill one batch, or a warm-up does not fit into the run."""
     if cfg.batch_size > images:
         raise UserError(
-            f"batch_size={cfg.batch_size} is larger than data={cfg.data}, which has {images} image(s); "
+            f"batch_size={cfg.batch_size} is larger than an epoch of data={cfg.data}, {images} image(s); "
             f"set batch_size={images} or less"
         )
     per_rank = world_size() * cfg.accumulate
@@ -214,9 +217,21 @@ def plain_arguments(settings: Settings, length: Length, prefix: str) -> dict[str
     return arguments
 
 
-def open_data(cfg: Config) -> Source:
-    """The images to train on, with the labels that may be used; without those that no term can learn from."""
-    source = open_source(cfg.data, cfg.channels)
+def open_data(cfg: Config, decoded: bool = True) -> Source:
+    """The images to train on, with the labels that may be used; without those that no term can learn from.
+
+    decoded: makes the raw copies, or reads small images into memory, if asked to; False leaves that for later.
+    """
+    sources = [open_source(spec, cfg.channels) for spec in cfg.data.source]
+    source = sources[0]
+    if len(sources) > 1 or cfg.data.weights is not None:
+        source = Joined(sources, cfg.data.weights or [1.0] * len(sources))
+    if decoded:
+        workers = max(1, cores() // local_world_size()) if cfg.workers == "auto" else cfg.workers
+        if cfg.data.cache is not None:
+            source = cached(source, cfg.data.cache, cfg.data.cache_side, workers)
+        else:
+            source = in_memory(source, cfg.data.memory, workers)
     if cfg.labelled < 1:
         source.keep_labels(cfg.labelled, cfg.seed if cfg.labelled_seed is None else cfg.labelled_seed)
     if source.labels() is None or any(term_class(name).unlabelled for name in cfg.terms):

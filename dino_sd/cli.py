@@ -144,6 +144,34 @@ def export(
 JSON = typer.Option("--json", help="print one JSON object on stdout and nothing else there")
 
 
+@app.command(add_help_option=False, epilog=DATA)
+def inspect(
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    json: Annotated[bool, JSON] = False,
+    help: Annotated[bool, help_option("\nSettings of inspect.", lambda: class_settings("InspectSettings"))] = False,
+) -> None:
+    """Say what is in a set of images, what is wrong with it, and which settings fit it: dino-sd inspect DATA."""
+    from dino_sd.config import InspectSettings
+    from dino_sd.inspection import inspect as run
+
+    run(data, settings(InspectSettings, pairs), json_only=json)
+
+
+@app.command(epilog=f"Settings are those of train; see `dino-sd train --help`.\n\n{DATA}")
+def views(
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    images: Annotated[int, typer.Option(min=1, help="images whose crops are shown")] = 8,
+    epoch: Annotated[int, typer.Option(min=0, help="epoch whose first images are shown, from 0")] = 0,
+    out: Annotated[Path, typer.Option(help="picture file")] = Path("views.png"),
+) -> None:
+    """Draw the very crops that train would see: dino-sd views DATA config=own_images."""
+    from dino_sd.sheets import views as run
+
+    print(run(data, pairs or [], images, epoch, out))
+
+
 @app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
 def knn(
     model: str,
@@ -196,6 +224,24 @@ def bench_step(
     from dino_sd.bench import bench_step as run
 
     run(pairs or [], steps, markdown)
+
+
+@bench_app.command("data", epilog=DATA)
+def bench_data(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="images, and settings of train")
+    ] = None,
+    feed: Annotated[float | None, typer.Option(help="images/s that are wanted: how many cores feed them?")] = None,
+    picture: Annotated[Path | None, typer.Option(help="draw both kinds of views side by side into this file")] = None,
+    json: Annotated[bool, JSON] = False,
+) -> None:
+    """How fast images become views, stage by stage, beside the same recipe of torchvision and Pillow."""
+    from dino_sd.bench_data import bench_data as run
+
+    named = [argument for argument in arguments or [] if "=" not in argument]
+    if len(named) > 1:
+        raise UserError(f"bench data: expected one DATA, found {' and '.join(named)}")
+    run(named[0] if named else None, [pair for pair in arguments or [] if "=" in pair], feed, picture, json)
 
 
 def settings(cls: Any, pairs: list[str] | None) -> Any:

@@ -1,6 +1,6 @@
 """The settings of a run and of the evaluators: typed trees. They know no objects; build.py makes those."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -63,6 +63,11 @@ class Views(Settings):
     )
     std: list[float] | None = Field(
         default=None, description="per channel, pixels from 0 to 1; null: measured on the data"
+    )
+    range: tuple[float, float] | None = Field(
+        default=None,
+        description="what is black and white to colour operations, as shares of the largest number that pixels can be, "
+        "or as it is of floats; null: 0 to 1 of bytes, measured for 16 bits and floats",
     )
 
 
@@ -140,15 +145,51 @@ class Log(Settings):
     )
 
 
+class Data(Settings):
+    """`data=X` alone is `data.source=X`."""
+
+    shorthand: ClassVar[str | None] = "source"
+
+    source: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)] = Field(
+        default=["fashion-mnist-mini:train"], description="images to train on: DATA, or a list of several"
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="how often an image of each of several sources comes in an epoch; null: once"
+    )
+    cache: str | None = Field(
+        default=None, description="folder for raw copies: images decoded once, read from there ever after; null: none"
+    )
+    cache_side: int = Field(
+        default=384, ge=1, description="longest shorter side of the raw copies, in pixels; larger images are resized"
+    )
+    memory: float = Field(
+        default=1e9, ge=0, description="small images of one size are decoded once into memory, up to this many bytes"
+    )
+    most_bad: Probability = Field(
+        default=0.1, description="share of the images that may be unreadable; others stand in for those"
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> "Data":
+        if self.weights is not None and len(self.weights) != len(self.source):
+            raise ValueError(f"data.weights={self.weights}: expected one for each of {len(self.source)} source(s)")
+        return self
+
+    def __str__(self) -> str:
+        return self.source[0] if len(self.source) == 1 else f"[{', '.join(self.source)}]"
+
+
 class Config(Settings):
     model: str = Field(default="vit_small_patch16_224", description="any timm model name")
     model_args: dict[str, Any] = Field(default={}, description="passed on to timm.create_model")
-    channels: Literal[1, 3] = Field(default=3, description="1: images are read as gray; 3: as RGB")
+    channels: int = Field(
+        default=3, ge=1, description="1: images are read as gray; 3: as RGB; others: as many as the files hold"
+    )
     drop_path: float = Field(default=0.1, ge=0, lt=1, description="stochastic depth of the student")
     init: str | None = Field(
         default=None, description="start from these weights: timm:NAME, a run, a checkpoint or an export"
     )
-    data: str = Field(default="fashion-mnist-mini:train", description="images to train on: DATA")
+    data: Data = Field(default_factory=lambda: Data())
     labelled: float = Field(
         default=1.0, gt=0, le=1, description="share of each class's images whose label is used; the rest has none"
     )
@@ -199,6 +240,12 @@ class Config(Settings):
                 raise ValueError(f"views.{name} has {len(values)} value(s) but channels={self.channels}")
         if self.views.std is not None and min(self.views.std) <= 0:
             raise ValueError(f"views.std={self.views.std}: expected values above 0")
+        if self.views.range is not None and self.views.range[0] >= self.views.range[1]:
+            raise ValueError(f"views.range={list(self.views.range)}: expected from < to")
+        if self.views.randaugment is not None and self.channels not in (1, 3):
+            raise ValueError(
+                f"views.randaugment is for gray and RGB images, not for channels={self.channels}; turn it off"
+            )
         for name in ("ratio", "blur_sigma"):
             low, high = getattr(self.views, name)
             if not 0 < low <= high:
@@ -228,7 +275,9 @@ class EvaluatorSettings(JudgeSettings):
     """What every evaluator of a frozen backbone takes."""
 
     train: str = Field(description="labelled set to learn from: DATA")
-    channels: Literal[1, 3] | None = Field(default=None, description="for MODEL `pixels` only: gray or RGB; null: 3")
+    channels: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="for MODEL `pixels` only: 1 is gray, 3 RGB; null: 3"
+    )
 
 
 class AccuracySettings(JudgeSettings):
@@ -286,3 +335,19 @@ class ExportSettings(Settings):
         default=None, description="of a checkpoint; null: the run's result"
     )
     exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block alone, from 1")
+
+
+class InspectSettings(Settings):
+    """A look at a set of images."""
+
+    channels: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="1: images are read as gray; 3: as RGB; null: as most of a few images have"
+    )
+    limit: int = Field(default=20_000, ge=0, description="images looked at, evenly spaced over the set; 0: all")
+    near: int = Field(
+        default=3, ge=0, le=16, description="bits of 64 in which the hashes of near duplicates may differ"
+    )
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="processes that look at images"
+    )
+    out: str | None = Field(default="inspect.png", description="picture of the set; null: none")

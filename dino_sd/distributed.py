@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,6 +116,15 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(ours: list[Any]) -> list[Any]:
+    """What the lists of all ranks hold, on every rank, in the order of ranks."""
+    if not dist.is_initialized():
+        return ours
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, ours)
+    return [entry for entries in lists for entry in entries]
 
 
 def agree(value: int, what: str) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_sd.data.evaluation import eval_batches
 from dino_sd.data.geometry import make_views
-from dino_sd.data.source import Source
+from dino_sd.data.source import WHITE, Source
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import all_gather_rows, rank, world_size
 from dino_sd.errors import UserError
@@ -46,7 +46,8 @@ def embed(
     0 to 1. layers: blocks whose pooled outputs are concatenated, () for the model's own output; pool: as in `pooled`.
     of: anything else to be had from a batch of normalised images, (N, D), such as logits; in place of layers and pool.
     augment: (seed, epoch) of random resized crops and flips in place of the centre crop. progress: called with
-    (images done, images in all) of this rank. Raises UserError where an image cannot be read.
+    (images done, images in all) of this rank. Images that cannot be read are left out, and said (with augment, the next
+    one stands in). Raises UserError where none can be read.
     """
     device, dtype = torch.device(device), _dtype_of(backbone)
     mean_C11, std_C11 = (torch.tensor(list(x), device=device, dtype=dtype).view(-1, 1, 1) for x in (mean, std))
@@ -58,7 +59,9 @@ def embed(
 
     @torch.inference_mode()
     def features_of(images_BCHW: Tensor) -> Tensor:
-        images_BCHW = images_BCHW.to(device, non_blocking=True).to(dtype).div_(255).sub_(mean_C11).div_(std_C11)
+        white = WHITE[images_BCHW.dtype]
+        images_BCHW = images_BCHW.to(device, non_blocking=True).to(dtype, copy=True)
+        images_BCHW = images_BCHW.div_(white).sub_(mean_C11).div_(std_C11)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             return pooled(backbone(images_BCHW, layers), pool) if of is None else of(images_BCHW)
 
@@ -74,7 +77,7 @@ def embed(
             features_ND[part], labels_N[part], done = features_of(images_BCHW), labels_B, part.stop
             if progress is not None:
                 progress(done, share)
-        assert done == share, f"{done} images came, {share} expected"
+        features_ND, labels_N = features_ND[:done], labels_N[:done]
     finally:
         backbone.train(was_training)
     if world_size() == 1:
@@ -145,9 +148,9 @@ class _Augmented(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor] | str:
         indices_B = self.chunks[index]
         try:
-            crops, _ = make_views(self.source, self.spec, self.seed, self.epoch, indices_B)
+            views = make_views(self.source, self.spec, self.seed, self.epoch, indices_B)
         except UserError as error:  # its message alone: raised here it would arrive with a worker's traceback in it
             return str(error)
         labels_N = self.source.labels()
-        labels_B = np.full(len(indices_B), NO_LABEL) if labels_N is None else labels_N[indices_B]
-        return crops[0], torch.from_numpy(labels_B), torch.from_numpy(indices_B)
+        labels_B = np.full(len(indices_B), NO_LABEL) if labels_N is None else labels_N[views.indices]
+        return views.groups[0], torch.from_numpy(labels_B), torch.from_numpy(views.indices)

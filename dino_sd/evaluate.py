@@ -69,11 +69,15 @@ def evaluate_linear(spec: str | Path | Model, settings: LinearSettings, json_onl
     train, test = labelled_pair(model, settings)
     features = Embedding(model, device, settings)
 
+    first, train_labels_N = features(train, "train", augment=(settings.seed, 0) if settings.augment else None)
+    first = first.to(device)
+
     def of_epoch(epoch: int) -> Tensor:
+        if epoch == 0:
+            return first
         return features(train, f"train, epoch {epoch}", augment=(settings.seed, epoch))[0].to(device)
 
-    train_labels_N = torch.from_numpy(labels_of(train))
-    train_ND = of_epoch if settings.augment else features(train, "train")[0].to(device)
+    train_ND = of_epoch if settings.augment else first
     test_ND, test_labels_N = features(test, "test")
     result = linear_probe(
         train_ND, train_labels_N, test_ND, test_labels_N, classes=number_of_classes(train, test),

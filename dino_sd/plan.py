@@ -29,8 +29,8 @@ def plan(cfg: Config) -> None:
     """Prints the run's length, sizes, memory and compute. Settings, model, images and evaluation sets are checked."""
     device = pick_device(cfg.device)
     backbone = build.make_backbone(cfg, cfg.drop_path)
-    source = build.open_data(cfg)
-    length = build.length_of(cfg, len(source))
+    source = build.open_data(cfg, decoded=False)
+    length = build.length_of(cfg, source.epoch_images())
     data = {"classes": source.classes, "labelled": labelled_share(source), "mean": cfg.views.mean, "std": cfg.views.std}
     method = build.make_method(cfg.model_copy(update={"compile": False}), backbone, length, torch.device("cpu"), data)
     build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")

@@ -5,15 +5,11 @@ import time
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dino_sd import build, recipe
+from dino_sd import recipe, sheets
 from dino_sd.config import Config, KnnSettings, LinearSettings
-from dino_sd.data.loader import Batches
-from dino_sd.data.photometry import Photometry
-from dino_sd.data.source import open_source
 from dino_sd.distributed import is_main
 from dino_sd.errors import UserError
 from dino_sd.evaluate import evaluate_knn, evaluate_linear
@@ -85,23 +81,7 @@ def draw(cfg: Config, lines: list[dict], scores: list[tuple[int, float]], raw_pi
     parts.set(xlabel="images seen", ylabel="share of ln K", title="loss = entropy + KL", ylim=(0, 1))
     parts.legend()
     parts.locator_params(axis="x", nbins=5)
-    crops.imshow(contact_sheet(cfg), cmap="gray", vmin=0, vmax=1)
+    crops.imshow(sheets.contact_sheet(cfg, SHOWN), cmap="gray", vmin=0, vmax=1)
     crops.set(title="what the student sees of each image")
     crops.axis("off")
     return figure
-
-
-def contact_sheet(cfg: Config) -> np.ndarray:
-    """One row an image: its global and local crops, with the augmentation of the first step. (H, W[, 3]) in [0, 1]."""
-    spec = build.view_spec(cfg)
-    source = open_source(cfg.data, cfg.channels)
-    batch = next(iter(Batches(source, spec, seed=cfg.seed, batch_size=SHOWN, total_steps=1)))
-    plain = Photometry(spec, [0.0] * cfg.channels, [1.0] * cfg.channels)
-    side = max(max(group.size) for group in spec.groups)
-    columns = []
-    for crops, rows in zip(batch.groups, batch.rows, strict=True):
-        for view in plain(crops, rows).unflatten(0, (-1, SHOWN)).numpy():
-            column = np.ones((SHOWN, side + 2, side + 2, cfg.channels), dtype=np.float32)
-            column[:, 1 : 1 + view.shape[2], 1 : 1 + view.shape[3]] = view.transpose(0, 2, 3, 1)
-            columns.append(column.reshape(-1, side + 2, cfg.channels))
-    return np.concatenate(columns, axis=1).squeeze(-1) if cfg.channels == 1 else np.concatenate(columns, axis=1)

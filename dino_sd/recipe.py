@@ -6,7 +6,17 @@ from typing import Any
 
 from dino_sd.config import Config
 from dino_sd.errors import UserError
-from dino_sd.settings import Settings, check_keys, complete_curves, merge, parse, plain, read_pairs, read_yaml
+from dino_sd.settings import (
+    Settings,
+    check_keys,
+    complete_curves,
+    merge,
+    parse,
+    plain,
+    read_pairs,
+    read_yaml,
+    spell_out,
+)
 from dino_sd.term import term_module
 
 LENGTHS = {"epochs", "steps", "images"}
@@ -22,7 +32,7 @@ def load_config(path: str | Path, pairs: list[str]) -> Config:
     """A YAML file (or the name of a recipe) with `key=value` over it. Every mistake is a UserError with its place."""
     if "=" in Path(path).name and not Path(path).exists():
         raise UserError(f"command line: the config file or recipe comes first, then key=value; found {path} first")
-    from_file, from_line = read_recipe(Path(path)), read_pairs(pairs)
+    from_file, from_line = read_recipe(Path(path)), spell_out(read_pairs(pairs), Config)
     tree = override(from_file, from_line)
     groups = term_settings(tree.get("terms") or {"dino": {}})
     check_keys(from_file, Config, str(path), groups)
@@ -45,7 +55,7 @@ def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"config: {path} does not exist; recipes that come with dino_sd: {', '.join(near)}")
     if file in above:
         raise UserError(f"config: {file} is its own base; name another recipe there")
-    tree = read_yaml(file)
+    tree = spell_out(read_yaml(file), Config)
     if (base := tree.pop("base", None)) is None:
         return tree
     if not isinstance(base, str):

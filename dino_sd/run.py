@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import yaml
 
 from dino_sd import __version__
 from dino_sd.config import Config
-from dino_sd.data.source import Source
-from dino_sd.data.statistics import mean_std
-from dino_sd.distributed import barrier, is_main, world_size
+from dino_sd.data.source import Bad, Source
+from dino_sd.data.statistics import statistics
+from dino_sd.distributed import barrier, gather_objects, is_main, world_size
 from dino_sd.errors import UserError
 from dino_sd.settings import differences, plain
 from dino_sd.shapes import NO_LABEL
@@ -28,16 +29,25 @@ from dino_sd.shapes import NO_LABEL
 FREE_TO_CHANGE = ("out", "data", "workers", "device", "compile", "log", "checkpoint", "evaluate")
 
 
-def describe(source: Source, cfg: Config) -> dict[str, Any]:
-    """What a checkpoint says of the data. labelled: share of the images that have a label."""
-    mean, std = cfg.views.mean, cfg.views.std
-    if mean is None or std is None:
-        measured_mean, measured_std = mean_std(source)
-        mean, std = mean or measured_mean, std or measured_std
+def describe(source: Source, cfg: Config) -> tuple[dict[str, Any], list[Bad]]:
+    """What a checkpoint says of the data, and images that were looked at for it and cannot be read.
+
+    mean, std, range: in units in which white is 1. labelled: share of the images that have a label.
+    """
+    views, bad = cfg.views, []
+    mean, std, span = views.mean, views.std, views.range
+    if span is None and source.dtype == torch.uint8:
+        span = (0.0, 1.0)
+    if mean is None or std is None or span is None:
+        measured = statistics(source)
+        mean, std, span = mean or measured.mean, std or measured.std, span or (measured.low, measured.high)
+        bad = measured.bad
+    if span[0] == span[1]:
+        span = (span[0], span[0] + 1)  # flat images
     return {
-        "images": len(source), "mean": list(mean), "std": list(std), "classes": source.classes,
+        "images": len(source), "mean": list(mean), "std": list(std), "range": list(span), "classes": source.classes,
         "labelled": labelled_share(source), "fingerprint": source.fingerprint(),
-    }  # fmt: skip
+    }, bad  # fmt: skip
 
 
 def labelled_share(source: Source) -> float:
@@ -78,6 +88,46 @@ def claim(run: Path, cfg: Config) -> None:
         except OSError as error:
             raise UserError(f"out={run} cannot be written ({error.strerror}); choose another folder") from None
     barrier()
+
+
+class BadFiles:
+    """The images of a run that could not be read: a line each in `bad_files.jsonl`, over all ranks and restarts.
+
+    images: in the set. most: share of them that may be bad.
+    """
+
+    def __init__(self, run: Path, images: int, most: float):
+        self.path, self.images, self.most = run / "bad_files.jsonl", images, most
+        self.known: dict[int, str] = {}
+        self.new: dict[int, Bad] = {}
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                with suppress(ValueError, KeyError):  # a line that a crash cut short is met again
+                    entry = json.loads(line)
+                    self.known[entry["index"]] = f"{entry['path']}: {entry['reason']}"
+
+    def add(self, bad: Iterable[Bad]) -> None:
+        self.new |= {entry[0]: entry for entry in bad if entry[0] not in self.known}
+
+    def share(self) -> int:
+        """Writes down what all ranks have met since the last time; returns how many there are in all.
+
+        Every rank calls it at the same step. Raises UserError on all of them where it is too many.
+        """
+        for index, where, reason in gather_objects(list(self.new.values())):
+            if index in self.known:
+                continue
+            self.known[index] = f"{where}: {reason}"
+            if is_main():
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"index": index, "path": where, "reason": reason}) + "\n")
+        self.new = {}
+        if len(self.known) > self.most * self.images:
+            raise UserError(
+                f"data: {len(self.known)} of {self.images:,} images cannot be read, more than "
+                f"data.most_bad={self.most:g} allows; all are in {self.path}, one is {next(iter(self.known.values()))}"
+            )
+        return len(self.known)
 
 
 def environment() -> dict[str, Any]:

@@ -5,18 +5,29 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dino_sd.errors import UserError
 
+BARE = ""  # the key of a value that stands beside others of its group: data=X data.cache=DIR
+
 
 class Settings(BaseModel):
     """Base of every group of settings: unknown keys are errors, every field says what it is and in which unit."""
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, allow_inf_nan=False)
+
+    shorthand: ClassVar[str | None] = None  # the field that a bare value in place of the group stands for
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_value(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {cls.shorthand if name == BARE and cls.shorthand else name: inner for name, inner in value.items()}
+        return {cls.shorthand: value} if cls.shorthand and not isinstance(value, cls) else value
 
 
 def _check_duration(value: float | str) -> float | str:
@@ -129,10 +140,14 @@ def read_pairs(pairs: Iterable[str]) -> dict[str, Any]:
         *path, last = key.strip().lstrip("-").split(".")
         place = tree
         for part in path:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                raise UserError(f"command line: {key!r} goes into {part!r}, which is set to a value already")
-        place[last] = value
+            inside = place.setdefault(part, {})
+            if not isinstance(inside, dict):
+                inside = place[part] = {BARE: inside}
+            place = inside
+        if isinstance(place.get(last), dict) and not isinstance(value, dict):
+            place[last][BARE] = value
+        else:
+            place[last] = value
     return tree
 
 
@@ -159,6 +174,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def spell_out(tree: dict[str, Any], cls: type[Settings]) -> dict[str, Any]:
+    """The tree with every bare value that stands for a group as that group, so that groups can be merged."""
+    spelt = dict(tree)
+    for name, field in cls.model_fields.items():
+        key, inner = field.alias or name, group_of(field.annotation)
+        if key in spelt and inner is not None and inner.shorthand is not None:
+            value = spelt[key] if isinstance(spelt[key], dict) else {BARE: spelt[key]}
+            spelt[key] = {inner.shorthand if name == BARE else name: bare for name, bare in value.items()}
+    return spelt
+
+
 def check_keys(tree: dict[str, Any], cls: type[Settings], where: str, groups: dict[str, type[Settings]]) -> None:
     """Raises UserError on the first unknown key and says which known one is nearest."""
     known = dict(fields(cls, groups))
@@ -172,6 +198,8 @@ def check_keys(tree: dict[str, Any], cls: type[Settings], where: str, groups: di
             key = f"{prefix}{name}"
             if key in opaque:
                 continue
+            if name == BARE:
+                raise UserError(f"{where}: {prefix[:-1]}={value!r} and keys below {prefix[:-1]} do not go together")
             if key not in known and key not in inner and not (prefix[:-1] in curves and name in Curve.model_fields):
                 raise UserError(f"config: unknown key {key!r} in {where}{_suggestion(key, known, inner)}")
             if isinstance(value, dict):

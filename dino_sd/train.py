@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_sd import build, checkpoint
 from dino_sd.allocator import return_free_memory, reuse_freed_memory
 from dino_sd.config import Config
-from dino_sd.data.loader import Batches, auto_workers
+from dino_sd.data.loader import Batches, pick_workers
 from dino_sd.data.mix import Mix
 from dino_sd.data.photometry import Photometry
 from dino_sd.distributed import (
@@ -29,7 +29,7 @@ from dino_sd.distributed import (
 )
 from dino_sd.log import Log
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
-from dino_sd.run import check_same_run, claim, describe
+from dino_sd.run import BadFiles, check_same_run, claim, describe
 from dino_sd.settings import plain
 from dino_sd.validation import Validation
 
@@ -46,7 +46,7 @@ def train(cfg: Config) -> Path:
     resumed = checkpoint.newest_good(run)
     backbone = build.make_backbone(cfg, cfg.drop_path, resuming=resumed is not None)
     source = build.open_data(cfg)
-    length = build.length_of(cfg, len(source))
+    length = build.length_of(cfg, source.epoch_images())
     if resumed:
         check_same_run(resumed, run, cfg, source)
     start = resumed["step"] if resumed else 0
@@ -55,7 +55,7 @@ def train(cfg: Config) -> Path:
         say(f"{run} is finished ({start} steps); nothing to do")
         return checkpoint.path_of(run, start)
 
-    data = resumed["data"] if resumed else describe(source, cfg)
+    data, bad = (resumed["data"], []) if resumed else describe(source, cfg)
     method = build.make_method(cfg, backbone, length, device, data)
     optimizer = make_optimizer(cfg.optim.name, method.student)
     scores = resumed["scores"] if resumed else {}
@@ -77,22 +77,27 @@ def train(cfg: Config) -> Path:
             model = DistributedDataParallel(method, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     spec = build.view_spec(cfg, method.wants_clean)
-    workers = cfg.workers
-    if workers == "auto":
-        workers = auto_workers(device.type, local_world_size(), source.stack is not None)
+    if spec.dropped:
+        say(f"channels={cfg.channels}: {spec.dropped} mean nothing without RGB and are left out")
+    workers = pick_workers(
+        cfg.workers, device.type, local_world_size(), source, spec, cfg.batch_size // (cfg.accumulate * world_size())
+    )
     batches = Batches(
         source, spec, seed=cfg.seed, batch_size=cfg.batch_size, accumulate=cfg.accumulate, rank=rank(),
-        world_size=world_size(), start_step=start, total_steps=length.steps, workers=workers,
-        pin_memory=device.type == "cuda",
+        world_size=world_size(), start_step=start, total_steps=length.steps, workers=workers, device=device,
     )  # fmt: skip
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
-    photometry, mix = Photometry(spec, data["mean"], data["std"]), build.make_mix(cfg, spec, data)
-    views = on_device(batches, photometry, mix, device, dtype)
+    photometry = Photometry(spec, data["mean"], data["std"], data["range"])
+    mix = build.make_mix(cfg, spec, data)
     learning_rate = build.learning_rate(cfg, length)
     weight_decay = build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
     parameters = list(method.student.parameters())
     evaluate = Validation(cfg, method, device, data)
     claim(run, cfg)  # everything that can be wrong with the settings has been found by now
+    bad_files = BadFiles(run, len(source), cfg.data.most_bad)
+    bad_files.add((*source.bad, *bad))
+    bad_files.share()
+    views = on_device(batches, photometry, mix, device, dtype, bad_files)
     log = Log(
         run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
     )  # fmt: skip
@@ -130,7 +135,8 @@ def train(cfg: Config) -> Path:
         done = step + 1
         final = done == length.steps
         if done % cfg.log.every == 0 or final:
-            log.write(done, {**window.means(), "lr": learning_rate(t), "epoch": done / length.steps_per_epoch})
+            values = {**window.means(), "lr": learning_rate(t), "epoch": done / length.steps_per_epoch}
+            log.write(done, values | ({"bad_files": count} if (count := bad_files.share()) else {}))
             log.progress(done)
         if due.evaluate(done) or (final and due.evaluates):
             scores = evaluate(method)
@@ -151,6 +157,8 @@ def train(cfg: Config) -> Path:
                 checkpoint.save(saved, state)
                 checkpoint.prune(run, cfg.checkpoint.keep, due.milestone)
     log.close()
+    if bad_files.known:
+        say(f"{len(bad_files.known)} image(s) could not be read, others stood in: {bad_files.path}")
     barrier()
     return saved
 
@@ -215,10 +223,16 @@ class Due:
 
 
 def on_device(
-    batches: Batches, photometry: Photometry, mix: Mix | None, device: torch.device, dtype: torch.dtype
+    batches: Batches,
+    photometry: Photometry,
+    mix: Mix | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    bad_files: BadFiles,
 ) -> Iterator[tuple[list[Tensor], int, Tensor | None]]:
     """Stage two of the views: (groups of normalised crops, images in them, labels) for each part of a step."""
     for batch in batches:
+        bad_files.add(batch.bad)
         groups = [
             photometry(crops.to(device, non_blocking=True), rows).to(dtype)
             for crops, rows in zip(batch.groups, batch.rows, strict=True)

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 from dino_sd.data.evaluation import eval_batches, resize_crop
 from dino_sd.data.geometry import make_views
 from dino_sd.data.source import open_source
-from dino_sd.data.statistics import mean_std
+from dino_sd.data.statistics import statistics
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.errors import UserError
 
@@ -17,6 +17,12 @@ from dino_sd.errors import UserError
 def picture(seed=0, size=(40, 30)):
     noise = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def mean_std(source):
+    found = statistics(source)
+    assert (found.low, found.high, found.bad) == (0, 1, [])
+    return found.mean, found.std
 
 
 def test_mean_and_std(tmp_path):
@@ -56,7 +62,7 @@ def test_evaluation_covers_every_image_once_over_the_ranks(size):
     assert seen == list(range(100))
 
 
-def test_evaluation_without_labels_and_with_a_bad_file(tmp_path):
+def test_evaluation_without_labels_and_with_a_bad_file(tmp_path, capsys):
     for index in range(5):
         picture(index).save(tmp_path / f"{index}.png")
     source = open_source(str(tmp_path), 3)
@@ -65,8 +71,13 @@ def test_evaluation_without_labels_and_with_a_bad_file(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(sum(one, ()), sum(two, ()), strict=True))
     (tmp_path / "3.png").write_bytes(b"")
     for workers in (0, 2):
-        with pytest.raises(UserError, match="3.png: cannot be read as an image"):
-            list(eval_batches(source, (16, 16), 0.9, 2, workers))
+        rest = list(eval_batches(source, (16, 16), 0.9, 2, workers))
+        assert [batch[2].tolist() for batch in rest] == [[0, 1], [2], [4]] and torch.equal(rest[2][0], one[2][0])
+        assert "1 image(s)" in (said := capsys.readouterr().err) and "3.png (is empty, 0 bytes)" in said
+    for index in range(5):
+        (tmp_path / f"{index}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="no image of .* can be read; the first, .*0.png: is empty"):
+        list(eval_batches(source, (16, 16), 0.9, 2, 0))
 
 
 def clean_views(source, size, crop):
@@ -108,10 +119,10 @@ def test_a_clean_group_changes_no_other_view_and_none_of_them_changes_it(tmp_pat
     augmented = (ViewGroup(2, (32, 32), (0.6, 1.0)), ViewGroup(1, (16, 16), (0.3, 0.4)))
     clean = ViewGroup(1, (96, 96), center=0.2)
     arguments = {"channels": source.channels, "randaugment": (1, 9), "blur": (1.0, 0.5, 0.5)}
-    crops, rows = make_views(source, ViewSpec(augmented, **arguments), 1, 2, np.arange(6))
+    crops, rows = make_views(source, ViewSpec(augmented, **arguments), 1, 2, np.arange(6))[:2]
     arguments["blur"] = (*arguments["blur"], 1.0)
-    more_crops, more_rows = make_views(source, ViewSpec((*augmented, clean), **arguments), 1, 2, np.arange(6))
+    more_crops, more_rows = make_views(source, ViewSpec((*augmented, clean), **arguments), 1, 2, np.arange(6))[:2]
     for one, other in zip(crops + rows, more_crops[:2] + more_rows[:2], strict=True):
         assert torch.equal(one, other)
-    alone, _ = make_views(source, ViewSpec((clean,), channels=source.channels), 7, 8, np.arange(6))
+    alone, _ = make_views(source, ViewSpec((clean,), channels=source.channels), 7, 8, np.arange(6))[:2]
     assert torch.equal(alone[0], more_crops[2])

@@ -68,7 +68,8 @@ def joined(parts):
     groups = [cat([part.groups[g] for part in parts], 2) for g in range(2)]
     rows = [cat([part.rows[g] for part in parts], 2) for g in range(2)]
     labels = torch.cat([part.labels for part in parts])
-    return loader.Batch(groups, rows, labels, torch.cat([part.indices for part in parts]))
+    bad = [entry for part in parts for entry in part.bad]
+    return loader.Batch(groups, rows, labels, torch.cat([part.indices for part in parts]), bad)
 
 
 def test_shapes_and_labels(source):
@@ -139,19 +140,22 @@ def test_batches_and_their_maker_pickle(source):
     assert len(made) == 2
 
 
-def test_a_bad_file_is_the_same_clean_error_with_and_without_workers(tmp_path, folder):
+def test_a_bad_file_is_replaced_the_same_way_with_and_without_workers(tmp_path):
     for index in range(8):
-        Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / f"{index}.jpg")
+        Image.new("RGB", (40, 40), (index * 30, 0, 0)).save(tmp_path / f"{index}.jpg")
     bad = tmp_path / "5.jpg"
     bad.write_bytes(bad.read_bytes()[:-60])
     source = open_source(str(tmp_path), 3)
-    messages = []
-    for workers in (0, 2):
-        with pytest.raises(UserError) as caught:
-            batches(source, workers=workers)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1] and messages[0].startswith(f"{bad}: cannot be read as an image (")
-    assert "\n" not in messages[0]
+    one, two = (batches(source, workers=workers) for workers in (0, 2))
+    for batch in one:  # of all eight: image 6 stands in for 5, in views of its own
+        assert sorted(batch.indices.tolist()) == [0, 1, 2, 3, 4, 6, 6, 7]
+        ((index, where, reason),) = batch.bad
+        assert index == 5 and where == str(bad) and reason.startswith("cannot be read as an image (")
+        reds = batch.groups[0].unflatten(0, (2, 8)).float().mean((0, 2, 3, 4)) * 3 / 30
+        assert reds.round().int().tolist() == batch.indices.tolist()
+    for a, b in zip(one, two, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip((*a.groups, a.indices), (*b.groups, b.indices), strict=True))
+    assert [batch.bad for batch in one] == [batch.bad for batch in two]
 
 
 def test_batches_that_cannot_be_cut(source):

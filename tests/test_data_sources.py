@@ -3,12 +3,14 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dino_sd.data.decode import picture
 from dino_sd.data.geometry import make_views
 from dino_sd.data.source import open_source
 from dino_sd.data.sources.fashion_mnist import CLASSES
@@ -18,7 +20,7 @@ from dino_sd.errors import UserError
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 
 
-def picture(seed=0, size=(40, 30), mode="RGB"):
+def photo(seed=0, size=(40, 30), mode="RGB"):
     shape = (5, 4, 3) if mode == "RGB" else (5, 4)
     noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
@@ -39,7 +41,7 @@ def test_class_folders_nested_and_flat_folders_give_the_same_views(tmp_path):
             folders = {"flat": "", "classes": f"class{(index * 5) % 3}", "nested": f"all/{index % 2}/{index % 5}"}
             target = tmp_path / layout / folders[layout]
             target.mkdir(parents=True, exist_ok=True)
-            picture(index).save(target / f"{index:02d}.png")
+            photo(index).save(target / f"{index:02d}.png")
     sources = {layout: open_source(str(tmp_path / layout), 3) for layout in ("flat", "classes", "nested")}
     assert {len(source) for source in sources.values()} == {12}
     assert sources["flat"].classes is None and sources["flat"].labels() is None and sources["flat"].label(0) is None
@@ -47,7 +49,7 @@ def test_class_folders_nested_and_flat_folders_give_the_same_views(tmp_path):
     assert sources["classes"].classes == ["class0", "class1", "class2"]
     assert sources["classes"].labels().tolist() == [(index * 5) % 3 for index in range(12)]
     assert sources["classes"].label(1) == 2
-    views = [make_views(source, spec(), 3, 1, np.arange(12)) for source in sources.values()]
+    views = [make_views(source, spec(), 3, 1, np.arange(12))[:2] for source in sources.values()]
     assert views_equal(views[0], views[1]) and views_equal(views[0], views[2])
     assert len({source.fingerprint() for source in sources.values()}) == 3
 
@@ -55,7 +57,7 @@ def test_class_folders_nested_and_flat_folders_give_the_same_views(tmp_path):
 def test_images_beside_class_folders_mean_no_labels(tmp_path):
     for path in ("a/1.png", "b/2.png", "3.png"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
-        picture().save(tmp_path / path)
+        photo().save(tmp_path / path)
     assert open_source(str(tmp_path), 3).classes is None
     (tmp_path / "3.png").unlink()
     assert open_source(str(tmp_path), 3).classes == ["a", "b"]
@@ -64,12 +66,12 @@ def test_images_beside_class_folders_mean_no_labels(tmp_path):
 def test_any_extension_hidden_files_and_links(tmp_path):
     names = ["a.JPG", "b.jpeg", "c.PNG", "d.webp", "e.BMP", "f.tif", "g.TIFF", "h.gif"]
     for seed, name in enumerate(names):
-        picture(seed).save(tmp_path / name)
+        photo(seed).save(tmp_path / name)
     for name in ("notes.txt", ".hidden.png", "._a.JPG"):
         (tmp_path / name).write_text("not an image")
     outside = tmp_path.parent / f"{tmp_path.name}_outside"
     outside.mkdir()
-    picture(9).save(outside / "i.png")
+    photo(9).save(outside / "i.png")
     (tmp_path / "linked").symlink_to(outside)
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "j.png").symlink_to(outside / "i.png")
@@ -89,27 +91,27 @@ def read(path, channels=3):
 
 
 def test_gray_files_as_one_and_three_channels(tmp_path):
-    gray = picture(mode="L")
+    gray = photo(mode="L")
     gray.save(tmp_path / "a.png")
     assert np.array_equal(read(tmp_path, 1)[0], np.asarray(gray))
     assert np.array_equal(read(tmp_path, 3), np.stack([np.asarray(gray)] * 3))
-    groups, _ = make_views(open_source(str(tmp_path), 1), spec(1), 0, 0, np.arange(1))
+    groups, _ = make_views(open_source(str(tmp_path), 1), spec(1), 0, 0, np.arange(1))[:2]
     assert groups[0].shape == (2, 1, 24, 24)
 
 
 def test_colour_files_as_gray(tmp_path):
-    picture().save(tmp_path / "a.png")
-    assert np.array_equal(read(tmp_path, 1)[0], np.asarray(picture().convert("L")))
+    photo().save(tmp_path / "a.png")
+    assert np.array_equal(read(tmp_path, 1)[0], np.asarray(photo().convert("L")))
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "P with transparency", "CMYK"])
 def test_modes_become_rgb_as_in_pillow(tmp_path, kind):
-    image = picture()
+    image = photo()
     if kind == "RGBA":
-        image.putalpha(picture(1, mode="L"))
+        image.putalpha(photo(1, mode="L"))
     elif kind == "LA":
         image = image.convert("L")
-        image.putalpha(picture(1, mode="L"))
+        image.putalpha(photo(1, mode="L"))
     elif kind.startswith("P"):
         image = image.quantize(16)
         if "transparency" in kind:
@@ -128,14 +130,16 @@ def test_sixteen_bit_gray_keeps_its_range(tmp_path):
         Image.fromarray(ramp).save(tmp_path / name)
     source = open_source(str(tmp_path), 1)
     for index in range(2):
-        assert np.array_equal(source.image(index)[0], (ramp >> 8).astype(np.uint8))
+        assert np.array_equal(source.image(index)[0], ramp)
+        as_bytes = picture(Path(source.path(index)).read_bytes(), "", 1).decode(1)
+        assert np.array_equal(as_bytes[0], (ramp >> 8).astype(np.uint8))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture(size=(64, 32)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    photo(size=(64, 32)).save(tmp_path / "a.jpg", exif=exif, quality=95)
     source = open_source(str(tmp_path), 3)
     upright = source.picture(0)
     assert (upright.height, upright.width) == ((64, 32) if orientation >= 5 else (32, 64))
@@ -155,7 +159,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
 
 
 def test_jpegs_at_reduced_scale_give_nearly_the_same_crops(tmp_path, monkeypatch):
-    picture(size=(803, 601)).save(tmp_path / "a.jpg", quality=95)
+    photo(size=(803, 601)).save(tmp_path / "a.jpg", quality=95)
     source = open_source(str(tmp_path), 3)
     small = ViewSpec((ViewGroup(2, (32, 32), (0.4, 1.0)), ViewGroup(3, (16, 16), (0.05, 0.4))))
     shrinks = []
@@ -166,10 +170,10 @@ def test_jpegs_at_reduced_scale_give_nearly_the_same_crops(tmp_path, monkeypatch
         return type(found)(found.height, found.width, lambda shrink: (shrinks.append(shrink), found.decode(shrink))[1])
 
     monkeypatch.setattr(source, "picture", counted)
-    reduced, _ = make_views(source, small, 0, 0, np.arange(1))
+    reduced, _ = make_views(source, small, 0, 0, np.arange(1))[:2]
     assert shrinks[0] > 1
     monkeypatch.setattr("dino_sd.data.geometry._SHRINKS", ())
-    full, _ = make_views(source, small, 0, 0, np.arange(1))
+    full, _ = make_views(source, small, 0, 0, np.arange(1))[:2]
     assert shrinks[1] == 1
     for one, other in zip(reduced, full, strict=True):
         # Boxes are rounded to the smaller image's pixels, which may move a crop by half of one.
@@ -177,29 +181,29 @@ def test_jpegs_at_reduced_scale_give_nearly_the_same_crops(tmp_path, monkeypatch
 
 
 def test_missing_empty_and_unknown_data(tmp_path):
-    with pytest.raises(UserError, match="nowhere' does not exist.*fashion-mnist:train.*folder of images"):
+    with pytest.raises(UserError, match="nowhere' does not exist.*fashion-mnist:train.*folder of images at any depth"):
         open_source(str(tmp_path / "nowhere"), 3)
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=r"no image in .*looked for \.jpg .*\.gif"):
+    with pytest.raises(UserError, match=r"is a folder without images.*\(\.jpg .*\.gif"):
         open_source(str(tmp_path), 3)
     with pytest.raises(UserError, match="is a file"):
         open_source(str(tmp_path / "notes.txt"), 3)
     with pytest.raises(UserError, match="fashion-mnist:validation' has no such split"):
         open_source("fashion-mnist:validation", 1)
-    with pytest.raises(UserError, match=r"channels: 2 .*use 1 \(gray\) or 3"):
-        open_source(str(tmp_path), 2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 def test_a_truncated_file_is_an_error_that_names_it(tmp_path, name, share):
     path = tmp_path / name
-    picture(size=(200, 150)).save(path)
+    photo(size=(200, 150)).save(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     source = open_source(str(tmp_path), 3)
     for attempt in (lambda: source.image(0), lambda: source.picture(0).decode(4)):
-        with pytest.raises(UserError, match=rf"{name}: cannot be read as an image \(.+\)") as caught:
+        with pytest.raises(
+            UserError, match=rf"{name}: (cannot be read as an image \(.+\)|is empty, 0 bytes)"
+        ) as caught:
             attempt()
         assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
 

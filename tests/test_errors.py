@@ -122,17 +122,24 @@ def test_knn_settings(monkeypatch, capsys):
     assert code == 2 and "no/run" in said
 
 
-def test_unreadable_image_in_a_worker(tiny_yaml: Path, tmp_path: Path):
-    """From another process: one line, no traceback, exit code 2."""
+def test_too_many_unreadable_images(tiny_yaml: Path, tmp_path: Path):
+    """More than the share that is allowed, met in another process: one line, no traceback, exit code 2."""
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(16):
         Image.new("L", (40, 40), i).save(folder / f"{i:02d}.png")
     (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:40])
     pairs = [f"data={folder}", f"out={tmp_path / 'run'}", "workers=1", "views.mean=[0.5]", "views.std=[0.5]"]
+    done = command("train", tiny_yaml, *pairs, "data.memory=0", "data.most_bad=0.05")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: data: 1 of 16 images cannot be read, more than data.most_bad=0.05")
+    assert "07.png" in said
+    for path in folder.iterdir():
+        path.write_bytes(b"")
     done = command("train", tiny_yaml, *pairs)
-    assert done.returncode == 2
-    assert "07.png" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    (said,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and said.startswith("error: data: 16 images of") and ".png: is empty, 0 bytes" in said
 
 
 def test_wrong_setting_is_a_user_error_in_the_library(tiny_yaml: Path):

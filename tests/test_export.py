@@ -30,7 +30,14 @@ def run_folder(folder, name="vit_tiny_patch16_224", channels=1, model_args=TINY,
         "model": name, "model_args": model_args, "channels": channels, "drop_path": 0.1,
         "views": {"global": {"size": size}}, "evaluate": {"crop": 0.9, "size": None},
     }  # fmt: skip
-    data = {"images": 5, "mean": [0.3] * channels, "std": [0.2] * channels, "classes": None, "fingerprint": "abc"}
+    data = {
+        "images": 5,
+        "mean": [0.3] * channels,
+        "std": [0.2] * channels,
+        "range": [0, 1],
+        "classes": None,
+        "fingerprint": "abc",
+    }
     state = {"step": 7, "steps": 10, "config": config, "data": data, "result": "teacher", **networks}
     checkpoint.save(checkpoint.path_of(folder, 7), state)
     return folder

@@ -17,14 +17,14 @@ from dino_sd import checkpoint
 from dino_sd.train import train
 
 FLOORS = {
-    "errors": -2, "": -2, "settings": -1, "shapes": -1,
-    "config": 0, "schedule": 0, "distributed": 0, "losses": 0,
+    "errors": -2, "": -2, "settings": -1, "shapes": -1, "distributed": -1,
+    "config": 0, "schedule": 0, "losses": 0, "progress": 0,
     "models": 0,
     "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "log": 1, "speed": 1, "allocator": 1,
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "load": 2,
-    "build": 3, "run": 3, "validation": 3,
-    "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4,
-    "quickstart": 5, "bench": 5, "generations": 5,
+    "build": 3, "run": 3, "validation": 3, "suggestions": 3,
+    "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
+    "quickstart": 5, "bench": 5, "bench_data": 5, "bench_views": 4, "generations": 5, "inspection": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
 

@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from dino_sd.data.source import Source
+from dino_sd.data.resample import resize
+from dino_sd.data.source import Bad, BadImage, Source
+from dino_sd.distributed import say
 from dino_sd.errors import UserError
 from dino_sd.shapes import NO_LABEL
 
 
 def resize_crop(image_CHW: torch.Tensor, size: tuple[int, int], crop: float) -> torch.Tensor:
-    """The image resized, bicubic and antialiased, until its shorter side is size / crop, then its centre: uint8.
+    """The image resized, bicubic and antialiased, until its shorter side is size / crop, then its centre.
 
     size: (height, width) of the result in pixels. crop: share of the shorter side that is kept, e.g. 224 / 256.
     """
@@ -23,13 +24,13 @@ def resize_crop(image_CHW: torch.Tensor, size: tuple[int, int], crop: float) -> 
     else:
         tall = max(tall, wide * height // width)
     if (tall, wide) != (height, width):
-        image_CHW = F.interpolate(image_CHW[None], (tall, wide), mode="bicubic", antialias=True)[0]
+        image_CHW = resize(image_CHW, (tall, wide))
     top, left = round((tall - size[0]) / 2), round((wide - size[1]) / 2)
     return image_CHW[:, top : top + size[0], left : left + size[1]].contiguous()
 
 
 class EvalSet(Dataset):
-    """A source as (uint8 image (C, H, W), label or -1, index) at one size. Raises UserError as the source does."""
+    """A source as (image (C, H, W), label or -1, index) at one size. Raises BadImage as the source does."""
 
     def __init__(self, source: Source, size: tuple[int, int], crop: float = 1.0):
         self.source, self.size, self.crop = source, size, crop
@@ -53,10 +54,10 @@ def eval_batches(
     world_size: int = 1,
     limit: int | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """This rank's contiguous share of the source, in order: (uint8 images (B, C, H, W), labels (B,), indices (B,)).
+    """This rank's contiguous share of the source, in order: (images (B, C, H, W), labels (B,), indices (B,)).
 
-    Labels are -1 where there are none. limit: only the first so many images. Shares differ by at most one image.
-    Raises UserError where an image cannot be read.
+    Images are of the source's dtype, labels -1 where there are none. limit: only the first so many images. Shares
+    differ by at most one image. An image that cannot be read is left out, and said. Raises UserError where none can be.
     """
     count = len(source) if limit is None else min(limit, len(source))
     share = range(count * rank // world_size, count * (rank + 1) // world_size)
@@ -65,11 +66,25 @@ def eval_batches(
     if ready:
         yield from (_from_stack(source, chunk) for chunk in chunks)
         return
+    bad: list[Bad] = []
     maker = _EvalBatches(EvalSet(source, size, crop), chunks)
-    for made in DataLoader(maker, batch_size=None, num_workers=workers, generator=torch.Generator()):
-        if isinstance(made, str):
-            raise UserError(made)
-        yield tuple(made)  # the loader makes lists of tuples
+    for images, labels_B, indices_B, unreadable in DataLoader(
+        maker, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
+    ):
+        bad += unreadable
+        if len(indices_B):
+            yield images, labels_B, indices_B
+    if bad:
+        _, where, reason = bad[0]
+        if len(bad) == len(share):
+            raise UserError(f"data: no image of '{source.name}' can be read; the first, {where}: {reason}")
+        say(
+            f"warning: {len(bad)} image(s) of '{source.name}' left out, as they cannot be read: {where} ({reason}), ..."
+        )
+
+
+def _as_it_is(made):
+    return made
 
 
 def _from_stack(source: Source, chunk: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,7 +97,7 @@ def _from_stack(source: Source, chunk: range) -> tuple[torch.Tensor, torch.Tenso
 
 
 class _EvalBatches(Dataset):
-    """Whole batches as items, so that an error comes back from a worker as its message alone."""
+    """Whole batches as items: (images, labels, indices, bad ones)."""
 
     def __init__(self, images: EvalSet, chunks: list[range]):
         self.images, self.chunks = images, chunks
@@ -90,9 +105,16 @@ class _EvalBatches(Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
-        try:
-            images, labels, indices = zip(*(self.images[i] for i in self.chunks[index]), strict=True)
-        except UserError as error:
-            return str(error)
-        return torch.stack(images), torch.tensor(labels), torch.tensor(indices)
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Bad]]:
+        images, labels, indices, bad = [], [], [], []
+        for position in self.chunks[index]:
+            try:
+                image_CHW, label, _ = self.images[position]
+            except BadImage as error:
+                bad.append((position, error.where, error.reason))
+                continue
+            images.append(image_CHW)
+            labels.append(label)
+            indices.append(position)
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64), bad

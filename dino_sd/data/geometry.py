@@ -1,41 +1,62 @@
-"""Stage one of the views, in the loader's workers: cut, resize and flip every crop straight from the uint8 image."""
+"""Stage one of the views, in the loader's workers: cut, resize and flip every crop straight from the decoded image."""
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dino_sd.data.draws import RANDAUGMENT, boxes, center_box, draw, flips, rows
 from dino_sd.data.randaugment import randaugment_
-from dino_sd.data.resample import resample_stack
-from dino_sd.data.source import Source
+from dino_sd.data.resample import resample_stack, resize
+from dino_sd.data.source import Bad, BadImage, Picture, Source
 from dino_sd.data.views import ViewGroup, ViewSpec
+from dino_sd.errors import UserError
 
 # The batched path tabulates its weights over all crop lengths; for longer sides the table stops paying.
 _LONGEST_STACK_SIDE = 128
 _SHRINKS = (8, 4, 2)  # what the JPEG format can decode at
+_MOST_IN_A_ROW = 64  # images that cannot be read, until it is the whole set that cannot
+
+
+class Views(NamedTuple):
+    """All views of B images.
+
+    groups: per group of the spec, the crops, (V * B, C, H, W) of the source's dtype with all images of the first view
+    first. rows: per group, their photometric parameters, float32 (V * B, len(Row)), on the CPU. indices: int64 (B,),
+    of the images that are seen. bad: those that were to be seen and cannot be read, as (index, where, reason).
+    """
+
+    groups: list[torch.Tensor]
+    rows: list[torch.Tensor]
+    indices: np.ndarray
+    bad: list[Bad]
 
 
 def make_views(
-    source: Source, spec: ViewSpec, seed: int, epoch: int, images_B: np.ndarray
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """All views of some images: a pure function of the arguments.
+    source: Source, spec: ViewSpec, seed: int, epoch: int, images_B: np.ndarray, stack: torch.Tensor | None = None
+) -> Views:
+    """All views of some images: a pure function of the arguments, and of which images can be read.
 
-    Returns, per group of the spec, the crops, uint8 (V * B, C, H, W) with all images of the first view first, and their
-    photometric parameters, float32 (V * B, len(Row)). Raises UserError where an image cannot be read.
+    images_B: index + n * len(source) stands for an image that comes for the n-th time again, with views of its own. In
+    place of an image that cannot be read comes the next one that can, in the views of that place. stack: the source's,
+    on the device where the crops are wanted. Raises UserError where many images in a row cannot be read.
     """
     u_VBn = draw(spec, seed, epoch, images_B)
     flips_VB = flips(u_VBn, spec)
     rows_VBR = torch.from_numpy(rows(u_VBn, spec))
-    in_memory = source.stack is not None and max(source.stack.shape[-2:]) <= _LONGEST_STACK_SIDE
-    cut = _cut_from_stack if in_memory else _cut_one_by_one
-    crops = cut(source, spec, images_B, u_VBn, flips_VB)
+    indices_B, bad = images_B % len(source), []
+    stack = source.stack if stack is None else stack
+    if stack is not None and stack.dtype == torch.uint8 and max(stack.shape[-2:]) <= _LONGEST_STACK_SIDE:
+        crops = _cut_from_stack(stack, spec, indices_B, u_VBn, flips_VB)
+    else:
+        crops, indices_B, bad = _cut_one_by_one(source, spec, indices_B, u_VBn, flips_VB)
+    views_of_groups = _group_slices(spec)
     if spec.randaugment is not None:
-        for group, views, crops_NCHW in zip(spec.groups, _group_slices(spec), crops, strict=True):
+        for group, views, crops_NCHW in zip(spec.groups, views_of_groups, crops, strict=True):
             if group.center is None:
                 randaugment_(crops_NCHW, u_VBn[views, :, RANDAUGMENT].reshape(-1), *spec.randaugment)
-    return crops, [rows_VBR[views].flatten(0, 1) for views in _group_slices(spec)]
+    return Views(crops, [rows_VBR[views].flatten(0, 1) for views in views_of_groups], indices_B, bad)
 
 
 def _group_slices(spec: ViewSpec) -> list[slice]:
@@ -43,16 +64,17 @@ def _group_slices(spec: ViewSpec) -> list[slice]:
     return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def _boxes(group: ViewGroup, u: np.ndarray, sizes: np.ndarray, spec: ViewSpec) -> np.ndarray:
-    """The boxes of a group's views: int64 (..., 4). u: (..., NUMBERS); sizes: (2,), height and width of all images."""
+def _boxes(group: ViewGroup, u_VBn: np.ndarray, sizes: np.ndarray, spec: ViewSpec) -> np.ndarray:
+    """The boxes of a group's views: int64 (V, B, 4). sizes: heights and widths, (B, 2), or (2,) for all images."""
     if group.center is None:
-        return boxes(u, sizes, group.scale, spec.ratio)
-    return np.tile(center_box(sizes, group.size, group.center), (*u.shape[:-1], 1))
+        return boxes(u_VBn, sizes, group.scale, spec.ratio)
+    return np.broadcast_to(center_box(sizes, group.size, group.center), (*u_VBn.shape[:-1], 4))
 
 
-def _cut_from_stack(source, spec, images_B, u_VBn, flips_VB) -> list[torch.Tensor]:
-    assert source.stack is not None
-    images_BCHW = source.stack[torch.from_numpy(np.ascontiguousarray(images_B))]
+def _cut_from_stack(
+    stack: torch.Tensor, spec: ViewSpec, indices_B: np.ndarray, u_VBn: np.ndarray, flips_VB: np.ndarray
+) -> list[torch.Tensor]:
+    images_BCHW = stack[torch.from_numpy(np.ascontiguousarray(indices_B)).to(stack.device)]
     sizes = np.array(images_BCHW.shape[-2:])
     crops = []
     for group, views in zip(spec.groups, _group_slices(spec), strict=True):
@@ -61,56 +83,97 @@ def _cut_from_stack(source, spec, images_B, u_VBn, flips_VB) -> list[torch.Tenso
     return crops
 
 
-def _cut_one_by_one(source, spec, images_B, u_VBn, flips_VB) -> list[torch.Tensor]:
+def _cut_one_by_one(
+    source: Source, spec: ViewSpec, indices_B: np.ndarray, u_VBn: np.ndarray, flips_VB: np.ndarray
+) -> tuple[list[torch.Tensor], np.ndarray, list[Bad]]:
+    """(crops, indices seen, bad ones): as in Views."""
     crops = [
-        torch.empty(group.count, len(images_B), spec.channels, *group.size, dtype=torch.uint8) for group in spec.groups
+        torch.empty(group.count, len(indices_B), spec.channels, *group.size, dtype=source.dtype)
+        for group in spec.groups
     ]
-    group_slices = _group_slices(spec)
-    for position, index in enumerate(images_B.tolist()):
-        picture = source.picture(index)
-        size = np.array([picture.height, picture.width])
-        boxes_of_groups = [
-            _boxes(group, u_VBn[views, position], size, spec)
-            for group, views in zip(spec.groups, group_slices, strict=True)
-        ]
-        # Clean views choose their own: they then depend on nothing random, and the others not on them.
-        shrinks = {clean: _largest_shrink(boxes_of_groups, spec, clean) for clean in (False, True)}
+    seen_B, bad, places = indices_B.copy(), [], list(range(len(indices_B)))
+    for _ in range(min(len(source), _MOST_IN_A_ROW)):
+        pictures, failed = {}, []
+        for place in places:
+            try:
+                pictures[place] = source.picture(int(seen_B[place]))
+            except BadImage as error:
+                failed.append((place, error))
+        failed += _cut_pictures(pictures, spec, u_VBn, flips_VB, crops)
+        for place, error in failed:
+            bad.append((int(seen_B[place]), error.where, error.reason))
+            seen_B[place] = (seen_B[place] + 1) % len(source)
+        places = [place for place, _ in failed]
+        if not places:
+            return [crop.flatten(0, 1) for crop in crops], seen_B, bad
+    raise UserError(
+        f"data: {min(len(source), _MOST_IN_A_ROW)} images of '{source.name}' in a row cannot be read, among them "
+        f"{bad[0][1]}: {bad[0][2]}"
+    )
+
+
+def _cut_pictures(
+    pictures: dict[int, Picture], spec: ViewSpec, u_VBn: np.ndarray, flips_VB: np.ndarray, crops: list[torch.Tensor]
+) -> list[tuple[int, BadImage]]:
+    """Writes all crops of the pictures, {place in the batch: picture}; returns the places of those that fail."""
+    if not pictures:
+        return []
+    places, groups = list(pictures), list(zip(spec.groups, _group_slices(spec), crops, strict=True))
+    sizes_B2 = np.array([[picture.height, picture.width] for picture in pictures.values()])
+    boxes_of_groups = [_boxes(group, u_VBn[views, places], sizes_B2, spec).swapaxes(0, 1) for group, views, _ in groups]
+    # Clean views choose their own: they then depend on nothing random, and the others not on them.
+    shrinks = {
+        clean: _largest_shrinks(boxes_of_groups, spec, clean) for clean in {g.center is not None for g in spec.groups}
+    }
+    mirrored = flips_VB[:, places].T.tolist()
+    failed = []
+    for at, (place, picture) in enumerate(pictures.items()):
         decode = cache(picture.decode)
-        for group, boxes_V4, views, out in zip(spec.groups, boxes_of_groups, group_slices, crops, strict=True):
-            image_CHW = decode(shrinks[group.center is not None])
-            mirrored_V = flips_VB[views, position].tolist()
-            for view, box in enumerate(_shrink_boxes(boxes_V4, size, image_CHW)):
+        try:
+            images = {clean: decode(shrinks[clean][at]) for clean in shrinks}
+        except BadImage as error:
+            failed.append((place, error))
+            continue
+        for (group, views, out), boxes_BV4 in zip(groups, boxes_of_groups, strict=True):
+            image_CHW, boxes_V4 = images[group.center is not None], boxes_BV4[at]
+            if image_CHW.shape[1:] != (picture.height, picture.width):
+                boxes_V4 = _shrunk(boxes_V4, sizes_B2[at], image_CHW)
+            for view, box in enumerate(boxes_V4.tolist()):
                 crop_CHW = crop_resize(image_CHW, box, group.size)
-                out[view, position] = crop_CHW.flip(-1) if mirrored_V[view] else crop_CHW
-    return [crop.flatten(0, 1) for crop in crops]
+                out[view, place] = crop_CHW.flip(-1) if mirrored[at][views.start + view] else crop_CHW
+    return failed
 
 
-def _largest_shrink(boxes_of_groups: list[np.ndarray], spec: ViewSpec, clean: bool) -> int:
-    """How much smaller the image may be decoded so that no clean, or no other, crop is enlarged that was not before."""
-    spares = [
-        (boxes_V4[:, 2:] / group.size).min()
-        for boxes_V4, group in zip(boxes_of_groups, spec.groups, strict=True)
-        if group.count and (group.center is not None) == clean
-    ]
-    spare = min(spares, default=1)
-    return next((shrink for shrink in _SHRINKS if shrink <= spare), 1)
+def _largest_shrinks(boxes_of_groups: list[np.ndarray], spec: ViewSpec, clean: bool) -> list[int]:
+    """How much smaller each image may be decoded so that no clean, or no other, crop is enlarged that was not before.
+
+    boxes_of_groups: int64 (B, V, 4) each.
+    """
+    spares_B = np.min(
+        [
+            (boxes_BV4[..., 2:] / group.size).min((1, 2))
+            for boxes_BV4, group in zip(boxes_of_groups, spec.groups, strict=True)
+            if group.count and (group.center is not None) == clean
+        ],
+        axis=0,
+    )
+    return [next((shrink for shrink in _SHRINKS if shrink <= spare), 1) for spare in spares_B.tolist()]
 
 
-def _shrink_boxes(boxes_V4: np.ndarray, size: np.ndarray, image_CHW: torch.Tensor) -> list[list[int]]:
+def _shrunk(boxes_V4: np.ndarray, size: np.ndarray, image_CHW: torch.Tensor) -> np.ndarray:
     """Boxes drawn on an image of `size` (height, width), on the same image as it was decoded."""
     decoded = np.array(image_CHW.shape[-2:])
-    if (decoded == size).all():
-        return boxes_V4.tolist()
     factor = decoded / size
     starts = np.minimum(np.rint(boxes_V4[:, :2] * factor), decoded - 1)
     lengths = np.clip(np.rint(boxes_V4[:, 2:] * factor), 1, decoded - starts)
-    return np.concatenate([starts, lengths], axis=1).astype(np.int64).tolist()
+    return np.concatenate([starts, lengths], axis=1).astype(np.int64)
 
 
 def crop_resize(image_CHW: torch.Tensor, box: list[int], size: tuple[int, int]) -> torch.Tensor:
-    """One crop, bicubic and antialiased as in Pillow: uint8 (C, H, W). box: top, left, height, width in pixels."""
+    """One crop, bicubic and antialiased as in Pillow: (C, H, W) of the image's type.
+
+    box: top, left, height, width in pixels.
+    """
     top, left, height, width = box
-    crop_1CHW = image_CHW[None, :, top : top + height, left : left + width]
-    if (height, width) == tuple(size):
-        return crop_1CHW[0]
-    return F.interpolate(crop_1CHW, size, mode="bicubic", antialias=True)[0]
+    crop_CHW = image_CHW[:, top : top + height, left : left + width]
+    return crop_CHW if (height, width) == tuple(size) else resize(crop_CHW, size)

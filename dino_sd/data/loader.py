@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shutil
 import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -13,39 +14,44 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_sd.data.geometry import make_views
 from dino_sd.data.order import step_indices, steps_per_epoch
-from dino_sd.data.source import Source
+from dino_sd.data.source import Bad, Source
 from dino_sd.data.views import ViewSpec
+from dino_sd.distributed import say
 from dino_sd.errors import UserError
 
 _MOST_WORKERS = 16
+_PREFETCH = 2  # batches that each worker makes ahead
 
 
 @dataclass
 class Batch:
     """Views of B images.
 
-    groups: per resolution, uint8 crops (V * B, C, H, W), all images of the first view first. rows: per resolution,
-    their photometric parameters, float32 (V * B, len(Row)). labels: int64 (B,), -1 where an
-    image has none, or None where no image has one. indices: int64 (B,).
+    groups: per resolution, crops (V * B, C, H, W) of the source's dtype, all images of the first view first. rows: per
+    resolution, their photometric parameters, float32 (V * B, len(Row)). labels: int64 (B,), -1 where an image has
+    none, or None where no image has one. indices: int64 (B,). bad: images that were to be seen and cannot be read, each
+    as (index, where, reason); others took their places.
     """
 
     groups: list[torch.Tensor]
     rows: list[torch.Tensor]
     labels: torch.Tensor | None
     indices: torch.Tensor
+    bad: list[Bad]
 
     def pin_memory(self) -> "Batch":
         """What goes to the device, in pinned memory; the rows are read on the CPU and stay where they are."""
         labels = None if self.labels is None else self.labels.pin_memory()
-        return Batch([crops.pin_memory() for crops in self.groups], self.rows, labels, self.indices)
+        return Batch([crops.pin_memory() for crops in self.groups], self.rows, labels, self.indices, self.bad)
 
 
 class Batches:
     """Iterates over this rank's micro-batches, `accumulate` per step, of the steps start_step <= step < total_steps.
 
     batch_size: images per step over all ranks and micro-batches. The global batch of a step is cut into
-    accumulate * world_size equal parts, and none of it depends on the number of workers. Iterating raises UserError
-    where an image cannot be read; making it, where the batch cannot be cut or is larger than the source.
+    accumulate * world_size equal parts, and none of it depends on the number of workers. device: where the crops of
+    images that are in memory are cut; those of others come on the CPU. Iterating raises UserError where many images in
+    a row cannot be read; making it, where the batch cannot be cut or is larger than an epoch.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class Batches:
         start_step: int = 0,
         total_steps: int = 0,
         workers: int = 0,
-        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
     ):
         parts = accumulate * world_size
         if batch_size % parts:
@@ -68,10 +74,13 @@ class Batches:
                 f"batch_size: {batch_size} cannot be cut into accumulate x processes = {accumulate} x {world_size} "
                 f"equal parts; use a multiple of {parts}"
             )
-        steps_per_epoch(len(source), batch_size)
+        steps_per_epoch(source.epoch_images(), batch_size)
+        device = torch.device(device)
         self._steps, self._accumulate = range(start_step, total_steps), accumulate
-        self._workers, self._pin_memory = workers, pin_memory
-        self._maker = _BatchMaker(source, spec, seed, batch_size, batch_size // parts, rank, world_size)
+        self._workers, self._pin_memory = workers, device.type == "cuda" and source.stack is None
+        # Workers would hold a copy each, and cannot reach the device.
+        stack = None if workers or source.stack is None else source.stack.to(device)
+        self._maker = _BatchMaker(source, spec, seed, batch_size, batch_size // parts, rank, world_size, stack)
 
     def __len__(self) -> int:
         return len(self._steps) * self._accumulate
@@ -89,6 +98,7 @@ class Batches:
             batch_size=None,
             sampler=_MicroBatches(self._steps, self._accumulate),
             num_workers=self._workers,
+            prefetch_factor=_PREFETCH if self._workers else None,
             pin_memory=self._pin_memory,
             # The loader draws a seed for its workers: not from the global generator, whose state is the training's.
             generator=torch.Generator(),
@@ -127,22 +137,22 @@ class _Failure:
 
 
 class _BatchMaker(Dataset):
-    def __init__(self, source, spec, seed, batch_size, part_size, rank, world_size):
-        self.source, self.spec, self.seed = source, spec, seed
+    def __init__(self, source, spec, seed, batch_size, part_size, rank, world_size, stack):
+        self.source, self.spec, self.seed, self.stack = source, spec, seed, stack
         self.batch_size, self.part_size, self.rank, self.world_size = batch_size, part_size, rank, world_size
 
     def __getitem__(self, item: tuple[int, int]) -> Batch | _Failure:
         step, micro = item
-        epoch, indices = step_indices(step, self.seed, len(self.source), self.batch_size)
+        epoch, indices = step_indices(step, self.seed, len(self.source), self.batch_size, self.source.parts)
         start = (micro * self.world_size + self.rank) * self.part_size
         indices_B = np.array(indices[start : start + self.part_size])
         try:
-            groups, rows = make_views(self.source, self.spec, self.seed, epoch, indices_B)
+            views = make_views(self.source, self.spec, self.seed, epoch, indices_B, self.stack)
         except UserError as error:
             return _Failure(str(error))
         labels_N = self.source.labels()
-        labels_B = None if labels_N is None else torch.from_numpy(labels_N[indices_B])
-        return Batch(groups, rows, labels_B, torch.from_numpy(indices_B))
+        labels_B = None if labels_N is None else torch.from_numpy(labels_N[views.indices])
+        return Batch(views.groups, views.rows, labels_B, torch.from_numpy(views.indices), views.bad)
 
 
 def auto_workers(device_type: str, local_world_size: int, in_memory: bool) -> int:
@@ -155,6 +165,41 @@ def auto_workers(device_type: str, local_world_size: int, in_memory: bool) -> in
     if in_memory or (device_type == "cpu" and cores_per_rank <= 2):
         return 0
     return max(1, min(cores_per_rank, _MOST_WORKERS))
+
+
+def pick_workers(
+    asked: int | str, device_type: str, local_world_size: int, source: Source, spec: ViewSpec, images: int
+) -> int:
+    """Loader processes of a rank: as many as asked for, or `auto_workers`, or fewer where shared memory is too small.
+
+    images: in a micro-batch. Batches on their way from a worker lie in /dev/shm, which containers often keep at 64 MB;
+    when it is full, a worker dies of a bus error. Raises UserError where the number asked for does not fit.
+    """
+    workers = auto_workers(device_type, local_world_size, source.stack is not None) if asked == "auto" else int(asked)
+    pixels = sum(group.count * group.size[0] * group.size[1] for group in spec.groups) * spec.channels
+    batch_bytes = images * pixels * source.dtype.itemsize
+    free = _shared_memory()
+    if free is None or workers == 0:
+        return workers
+    fitting = int(free / max(1, local_world_size) / batch_bytes - 1) // _PREFETCH
+    if fitting >= workers:
+        return workers
+    problem = (
+        f"/dev/shm has {free / 2**20:,.0f} MiB free, too little for workers={workers} with batches of "
+        f"{batch_bytes / 2**20:,.0f} MiB; enlarge it (docker run --shm-size=8g)"
+    )
+    if asked != "auto":
+        raise UserError(f"{problem} or set workers={max(0, fitting)}")
+    say(f"warning: {problem}; going on with workers={max(0, fitting)}")
+    return max(0, fitting)
+
+
+def _shared_memory() -> int | None:
+    """Bytes free in /dev/shm; None where there is none."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dino_sd.data.source import WHITE
 from dino_sd.data.views import Row, ViewSpec
 
 # Floats worked on at once. On a CPU the crops at hand stay in its cache; on a GPU this bounds the temporaries.
@@ -16,27 +17,33 @@ _CHUNK_CPU, _CHUNK_GPU = 2**18, 2**25
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow
 # A crop rounded to bytes is at or above Pillow's threshold of 128 exactly where its value is at or above 127.5 / 255.
 _SOLARIZE_FROM = 0.5
-_BLUR_BLOCK = 32
+_BLUR_BLOCK = 16
+# Plain numbers: looking one up in the enumeration takes longer than many an operation on a small crop.
+_FIRST, _FOURTH, _JITTERED, _HUE = int(Row.FIRST), int(Row.FOURTH), int(Row.JITTERED), int(Row.HUE)
+_UNCHANGED = np.array([1, 1, 1, 0], dtype=np.float32)  # brightness, contrast, saturation, hue
+_GRAYSCALE, _SIGMA, _SOLARIZE = int(Row.GRAYSCALE), int(Row.SIGMA), int(Row.SOLARIZE)
 
 
 class Photometry:
-    """Photometric augmentation and normalisation of uint8 crops.
+    """Photometric augmentation and normalisation of crops.
 
-    spec: the views; its blur_sigma bounds the kernel. mean, std: one number per channel, in units of [0, 1].
-    Raises ValueError where mean or std do not hold one number per channel.
+    spec: the views; its blur_sigma bounds the kernel. mean, std: one number per channel, in units in which WHITE is 1.
+    span: what is black and white to colour operations, in the same units: they clamp what they change to it, as they
+    clamp bytes to 0 and 255. Raises ValueError where mean or std do not hold one number per channel.
     """
 
-    def __init__(self, spec: ViewSpec, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, spec: ViewSpec, mean: Sequence[float], std: Sequence[float], span: Sequence[float] = (0.0, 1.0)):
         if not len(mean) == len(std) == spec.channels:
             raise ValueError(f"mean and std: expected {spec.channels} numbers each, got {len(mean)} and {len(std)}")
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self.black, self.width = span[0], span[1] - span[0]
+        self.mean = (torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1) - self.black) / self.width
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1) / self.width
         # At 4 sigma the tail that is cut off is below 1e-4 of the kernel's mass.
         self.radius = int(np.ceil(4 * spec.blur_sigma[1]))
 
     @torch.no_grad()
     def __call__(self, crops_NCHW: torch.Tensor, rows_NR: torch.Tensor) -> torch.Tensor:
-        """crops_NCHW: uint8 on the training device. rows_NR: their parameters, float32 on the CPU.
+        """crops_NCHW: of a source's dtype, on the training device. rows_NR: their parameters, float32 on the CPU.
 
         Returns float32 (N, C, H, W), normalised.
         """
@@ -44,29 +51,59 @@ class Photometry:
         if self.mean.device != device:
             self.mean, self.std = self.mean.to(device), self.std.to(device)
         out_NCHW = torch.empty_like(crops_NCHW, dtype=torch.float32, memory_format=torch.contiguous_format)
-        budget = _CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU
-        chunk = max(1, budget // max(1, out_NCHW[0].numel())) if len(out_NCHW) else 1
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, len(out_NCHW), chunk):
-                part = slice(start, start + chunk)
-                x = torch.div(crops_NCHW[part], 255, out=out_NCHW[part])
-                self._augment_(x, rows_NR[part])
+            for part in self._parts(rows_NR, out_NCHW):
+                whole = part[-1] - part[0] == len(part) - 1  # neighbours are worked on where they lie
+                index = slice(part[0], part[-1] + 1) if whole else _upload(part, device)
+                x = out_NCHW[index].copy_(crops_NCHW[index]).div_(WHITE[crops_NCHW.dtype] * self.width)
+                if self.black:
+                    x.sub_(self.black / self.width)
+                self._augment_(x, rows_NR.numpy()[part])
                 x.sub_(self.mean).div_(self.std)
+                if not whole:
+                    out_NCHW[index] = x
         return out_NCHW
 
-    def _augment_(self, x_NCHW: torch.Tensor, rows_NR: torch.Tensor) -> None:
+    def _parts(self, rows_NR: torch.Tensor, out_NCHW: torch.Tensor) -> list[np.ndarray]:
+        """Indices of crops to work on together.
+
+        On a CPU those whose colours are jittered in the same order: every operation then concerns all of them, and a
+        crop's result does not depend on its neighbours. A GPU would rather have few, large parts.
+        """
+        most = (_CHUNK_CPU if out_NCHW.device.type == "cpu" else _CHUNK_GPU) // max(1, out_NCHW[:1].numel()) or 1
+        places = np.arange(len(rows_NR))
+        ends = []
+        if out_NCHW.device.type == "cpu":
+            columns = (Row.JITTERED, Row.FIRST, Row.SECOND, Row.THIRD, Row.FOURTH)
+            keys_5N = rows_NR.numpy()[:, columns].T * rows_NR.numpy()[:, Row.JITTERED]
+            places = np.lexsort(keys_5N)
+            ends = np.flatnonzero(np.any(np.diff(keys_5N[:, places]) != 0, axis=0)) + 1
+        alike = np.split(places, ends)
+        return [part[start : start + most] for part in alike for start in range(0, len(part), most)]
+
+    def _augment_(self, x_NCHW: torch.Tensor, rows: np.ndarray) -> None:
         """The published order: jitter, grayscale, blur, solarise. In place, values in [0, 1]."""
-        rows = rows_NR.numpy()
-        for position in (Row.FIRST, Row.SECOND, Row.THIRD, Row.FOURTH):
-            done_N = rows[:, position]
-            _mix_(x_NCHW, rows, done_N)
-            _on_some_(_hue_, x_NCHW, (done_N == Row.HUE) & (rows[:, Row.HUE] != 0), rows[:, Row.HUE])
-        _on_some_(_grayscale_, x_NCHW, rows[:, Row.GRAYSCALE] > 0, rows[:, Row.GRAYSCALE])
-        _on_some_(self._blur_, x_NCHW, rows[:, Row.SIGMA] > 0, rows[:, Row.SIGMA])
-        _on_some_(_solarize_, x_NCHW, rows[:, Row.SOLARIZE] > 0, rows[:, Row.SOLARIZE])
+        orders_N4 = rows[:, _FIRST : _FOURTH + 1]
+        changing_4 = (rows[:, :_FIRST] != _UNCHANGED).any(0)
+        if not changing_4.any() or (orders_N4 == orders_N4[0]).all():
+            for column in orders_N4[0].astype(int).tolist():
+                if changing_4[column]:
+                    _JITTER[column](x_NCHW, _upload(rows[:, column].reshape(-1, 1, 1, 1), x_NCHW.device))
+        else:
+            for done_N in orders_N4.T:
+                _mix_(x_NCHW, rows, done_N)
+                _on_some_(_hue_, x_NCHW, (done_N == _HUE) & (rows[:, _HUE] != 0), rows[:, _HUE])
+        for column, operation_ in ((_GRAYSCALE, _grayscale_), (_SIGMA, self._blur_), (_SOLARIZE, _solarize_)):
+            _on_some_(operation_, x_NCHW, rows[:, column] > 0, rows[:, column])
 
     def _blur_(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return x.copy_(gaussian_blur(x, sigma.view(-1), self.radius))
+        if x.device.type != "cpu":
+            return x.copy_(gaussian_blur(x, sigma.view(-1), self.radius))
+        for one_1CHW, sigma_1 in zip(x.split(1), sigma.view(-1).split(1), strict=True):
+            # Most kernels are narrower than the widest: what lies beyond 5 sigma is below 1e-6 of their mass.
+            radius = min(self.radius, int(np.ceil(5 * float(sigma_1))))
+            one_1CHW.copy_(gaussian_blur(one_1CHW, sigma_1, radius))
+        return x
 
 
 def _on_some_(operation_: Callable, x_NCHW: torch.Tensor, concerned: np.ndarray, values: np.ndarray) -> None:
@@ -123,6 +160,20 @@ def _mix_(x_NCHW: torch.Tensor, rows: np.ndarray, done_N: np.ndarray) -> None:
         x_NCHW.mul_(factor).clamp_(0, 1)
 
 
+def _brightness_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return x.mul_(factor).clamp_(0, 1)
+
+
+def _contrast_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    # Not lerp_: towards one number per image it leaves the vectorised path.
+    mean = _gray(x.mean((2, 3), keepdim=True)).mul_(1 - factor)
+    return x.mul_(factor).add_(mean).clamp_(0, 1)
+
+
+def _saturation_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return x.lerp_(_gray(x).expand_as(x), 1 - factor).clamp_(0, 1)
+
+
 def _grayscale_(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     return x.copy_(_gray(x).expand_as(x))
 
@@ -153,6 +204,12 @@ def _hue_(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         folded = (hue - center).abs_().sub_(3).abs_()
         torch.sub(value, folded.neg_().add_(2).clamp_(0, 1).mul_(chroma), out=channel)
     return x
+
+
+# What jitter does, by the columns of its numbers.
+_JITTER = {
+    int(Row.BRIGHTNESS): _brightness_, int(Row.CONTRAST): _contrast_, int(Row.SATURATION): _saturation_, _HUE: _hue_,
+}  # fmt: skip
 
 
 def gaussian_blur(x_NCHW: torch.Tensor, sigma_N: torch.Tensor, radius: int) -> torch.Tensor:
@@ -189,6 +246,6 @@ def _blocks(length: int) -> tuple[int, int]:
 def _banded(taps_NK: torch.Tensor, size: int) -> torch.Tensor:
     """The taps on every row of a matrix, one further right on each: (N, size, size + K - 1)."""
     count = taps_NK.shape[1]
-    # Rows that are one longer than the matrix is wide shift by one when read on at its width.
-    longer = F.pad(taps_NK, (0, size)).repeat(1, size)
-    return longer[:, : size * (size + count - 1)].view(-1, size, size + count - 1)
+    padded = F.pad(taps_NK, (size - 1, size - 1)).flip(1)
+    # Windows of the padded taps, from the one that ends with them to the one that begins with them.
+    return padded.unfold(1, size + count - 1, 1).flip(2)

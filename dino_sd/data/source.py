@@ -14,16 +14,30 @@ import torch
 from dino_sd.errors import UserError
 from dino_sd.shapes import NO_LABEL
 
+WHITE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}  # what stands for 1 in a source's pixels
+Bad = tuple[int, str, str]  # index, where, reason of an image that cannot be read
 # Added to a class in the key of its generator: no epoch gets there, so no epoch's order (data/order.py) is related.
 _KEEPING = 1 << 63
+
+
+class BadImage(UserError):
+    """An image that cannot be had whole. where: its file; reason: the rest of a sentence about it."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"{where}: {reason}; repair or remove it")
+        self.where, self.reason = where, reason
+
+    def __reduce__(self):
+        return BadImage, (self.where, self.reason)
 
 
 @dataclass(frozen=True)
 class Picture:
     """An image whose size is known and whose pixels may not have been decoded yet.
 
-    height, width: pixels, upright. decode(shrink) -> uint8 (C, H, W); with shrink > 1, a power of two up to 8, the
-    image may come back at 1/shrink of its size (JPEGs decode so at a fraction of the cost) or at full size.
+    height, width: pixels, upright. decode(shrink) -> (C, H, W) of the source's dtype; with shrink > 1, a power of two
+    up to 8, the image may come back at 1/shrink of its size (JPEGs decode so at less cost) or at full size. Both this
+    and making the picture may raise BadImage.
     """
 
     height: int
@@ -34,15 +48,20 @@ class Picture:
 class Source(ABC):
     """What training and evaluation read from. Must pickle, and give the same image for the same index in any process.
 
-    name: what the user called it. channels: of every image. classes: their names, or None where there are no labels.
-    stack: uint8 (N, C, H, W) where all images are in memory at one size, else None. A subclass sets _labels where it
-    has some, and its fingerprint covers them at least where _labels_hidden.
+    name: what the user called it. channels: of every image. dtype: of their pixels, uint8, uint16 or float32; WHITE
+    says what stands for 1. classes: their names, or None where there are no labels. stack: (N, C, H, W) where all
+    images are in memory at one size, else None. bad: images known to be unreadable that others stand in for already.
+    parts: for every set that it is joined from, (images, how many of them come in an epoch); empty: all of them do.
+    A subclass sets _labels where it has some, and its fingerprint covers them at least where _labels_hidden.
     """
 
     name: str
     channels: int
+    dtype: torch.dtype = torch.uint8
     classes: list[str] | None = None
     stack: torch.Tensor | None = None
+    bad: tuple[Bad, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
     _labels: np.ndarray | None = None
     _labels_hidden: bool = False
 
@@ -51,19 +70,32 @@ class Source(ABC):
 
     @abstractmethod
     def picture(self, index: int) -> Picture:
-        """The image's size and how to get its pixels. Raises UserError where it cannot be read."""
+        """The image's size and how to get its pixels. Raises BadImage where it cannot be read."""
+
+    def path(self, index: int) -> str:
+        """Where an image lies, for messages."""
+        return f"{self.name}[{index}]"
 
     @abstractmethod
     def fingerprint(self) -> str:
         """A short hash of what the set is and which labels are known; cheap, so it does not look at every pixel."""
 
     def image(self, index: int) -> torch.Tensor:
-        """One image at full size, uint8 (C, H, W). Raises UserError where it cannot be read."""
+        """One image at full size, (C, H, W). Raises BadImage where it cannot be read."""
         return self.picture(index).decode(1)
 
     def labels(self) -> np.ndarray | None:
         """All labels at once, int64 (N,), -1 for an image without one; None where no image has one."""
         return self._labels
+
+    def epoch_images(self) -> int:
+        """How many images come in an epoch."""
+        return sum(count for _, count in self.parts) or len(self)
+
+    def hold_as(self, dtype: torch.dtype) -> None:
+        """From now on pixels come as another dtype. Raises UserError where they cannot."""
+        if dtype != self.dtype:
+            raise UserError(f"data: '{self.name}' holds {name_of(self.dtype)} pixels, others {name_of(dtype)}")
 
     def label(self, index: int) -> int | None:
         """One image's label, or None where it has none."""
@@ -91,11 +123,11 @@ class Source(ABC):
 
 
 class StackSource(Source):
-    """A source whose images are one tensor in memory: uint8 (N, C, H, W), labels int64 (N,)."""
+    """A source whose images are one tensor in memory: (N, C, H, W) of any dtype of a source, labels int64 (N,)."""
 
     def __init__(self, name: str, stack: torch.Tensor, labels: np.ndarray | None, classes: list[str] | None):
         self.name, self.stack, self.classes = name, stack, classes
-        self.channels = stack.shape[1]
+        self.channels, self.dtype = stack.shape[1], stack.dtype
         self._pixels, self._labels = stack, labels
 
     def __len__(self) -> int:
@@ -111,21 +143,32 @@ class StackSource(Source):
         return short_hash(repr(tuple(self._pixels.shape)).encode(), some.tobytes(), labels)
 
 
-class _Chosen(Source):
-    """Some images of a source, in the order given: int64 (n,) indices into it."""
+class Chosen(Source):
+    """Some images of a source: int64 (n,) indices into it, those of each of its parts together and in their order."""
 
     def __init__(self, whole: Source, chosen_n: np.ndarray):
         self.name, self.channels, self.classes = whole.name, whole.channels, whole.classes
+        self.dtype, self.bad = whole.dtype, whole.bad
         self.stack = None if whole.stack is None else whole.stack[torch.from_numpy(chosen_n)]
         labels_N = whole.labels()
         self._labels = None if labels_N is None else labels_N[chosen_n]
         self._whole, self._chosen = whole, chosen_n
+        starts = np.cumsum([0] + [images for images, _ in whole.parts])
+        left = np.diff(np.searchsorted(chosen_n, starts)).tolist()  # of each part
+        self.parts = tuple(
+            (chosen, max(1, round(count * chosen / images)))
+            for chosen, (images, count) in zip(left, whole.parts, strict=True)
+            if chosen
+        )
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     def picture(self, index: int) -> Picture:
         return self._whole.picture(int(self._chosen[index]))
+
+    def path(self, index: int) -> str:
+        return self._whole.path(int(self._chosen[index]))
 
     def fingerprint(self) -> str:
         labels = b"" if self._labels is None else self._labels.tobytes()
@@ -142,7 +185,7 @@ def labelled_only(source: Source) -> Source:
         raise UserError(f"data: no image of '{source.name}' has a label; use one folder a class")
     if (labels_N != NO_LABEL).all():
         return source
-    return _Chosen(source, np.flatnonzero(labels_N != NO_LABEL))
+    return Chosen(source, np.flatnonzero(labels_N != NO_LABEL))
 
 
 def labelled_often(source: Source, times: int) -> Source:
@@ -153,26 +196,29 @@ def labelled_often(source: Source, times: int) -> Source:
     labels_N = source.labels()
     if times == 1 or labels_N is None or (labels_N != NO_LABEL).all():
         return source
-    return _Chosen(source, np.repeat(np.arange(len(source)), np.where(labels_N != NO_LABEL, times, 1)))
+    return Chosen(source, np.repeat(np.arange(len(source)), np.where(labels_N != NO_LABEL, times, 1)))
 
 
-def short_hash(*parts: bytes) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def short_hash(*parts: bytes | memoryview) -> str:
     """Sixteen hex digits that name these bytes."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 
 def open_source(spec: str, channels: int) -> Source:
     """The source that a data setting names, e.g. a folder's path or `fashion-mnist:train`.
 
-    channels: 1 (gray) or 3 (RGB). Every module in `sources/` is asked in turn: its `open(spec, channels)` returns a
-    Source, or None where the spec is not its kind; its FORM says in one line what it understands.
-    Raises UserError where no module knows the spec, or the data is missing or empty.
+    channels: 1 (gray), 3 (RGB), or as many as the files hold. Every module in `sources/` is asked in turn: its
+    `open(spec, channels)` returns a Source, or None where the spec is not its kind; its FORM says in one line what it
+    understands. Raises UserError where no module knows the spec, or the data is missing or empty.
     """
-    if channels not in (1, 3):
-        raise UserError(f"channels: {channels} is not supported; use 1 (gray) or 3 (RGB)")
     package = importlib.import_module("dino_sd.data.sources")
     forms = []
     for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
@@ -181,5 +227,11 @@ def open_source(spec: str, channels: int) -> Source:
         if source is not None:
             return source
         forms.append(module.FORM)
-    problem = "is a file" if os.path.isfile(spec) else "does not exist, nor is it the name of a known set"
-    raise UserError(f"data: '{spec}' {problem}; expected {', or '.join(forms)}")
+    path = os.path.expanduser(spec)
+    if os.path.isdir(path):
+        problem = "is a folder without images, also below, and holds nothing else that is known"
+    elif os.path.isfile(path):
+        problem = "is a file of no known kind, or holds no images"
+    else:
+        problem = "does not exist, nor is it the name of a known set"
+    raise UserError(f"data: '{spec}' {problem}; expected {'; '.join(forms)}")

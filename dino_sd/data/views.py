@@ -82,6 +82,13 @@ class ViewSpec:
                 )
 
     @property
+    def dropped(self) -> str:
+        """The colour operations that were asked for and mean nothing for these channels, as words; else empty."""
+        asked = {"hue": self.hue, "saturation": self.saturation, "grayscale": self.grayscale}
+        names = [name for name, value in asked.items() if value and self.channels not in (1, 3)]
+        return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+    @property
     def views(self) -> int:
         return sum(group.count for group in self.groups)
 

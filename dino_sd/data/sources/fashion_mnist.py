@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dino_sd.data.index import cache_folder
 from dino_sd.data.source import StackSource
 from dino_sd.errors import UserError
 
@@ -37,20 +38,16 @@ def _mini(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _full(split: str, folder: str) -> tuple[np.ndarray, np.ndarray]:
     asked = folder or os.environ.get("DINO_SD_FASHION_MNIST")
-    for place in [asked] if asked else [_DEBIAN, _cache() / "FashionMNIST" / "raw"]:
+    for place in [asked] if asked else [_DEBIAN, cache_folder() / "FashionMNIST" / "raw"]:
         files = _idx_files(Path(place).expanduser(), split)
         if files:
             return read_idx(files[0], 3), read_idx(files[1], 1)
     if asked:
         raise UserError(f"data: no Fashion-MNIST in '{asked}': expected {_PREFIX[split]}-images-idx3-ubyte[.gz] there")
     _download(split)
-    files = _idx_files(_cache() / "FashionMNIST" / "raw", split)
+    files = _idx_files(cache_folder() / "FashionMNIST" / "raw", split)
     assert files, "torchvision reported a download but left no idx files"
     return read_idx(files[0], 3), read_idx(files[1], 1)
-
-
-def _cache() -> Path:
-    return Path("~/.cache/dino_sd").expanduser()
 
 
 def _idx_files(folder: Path, split: str) -> list[Path]:
@@ -77,10 +74,10 @@ def _download(split: str) -> None:
     from torchvision.datasets import FashionMNIST  # drags in every data set torchvision knows
 
     try:
-        FashionMNIST(str(_cache()), train=split == "train", download=True)
+        FashionMNIST(str(cache_folder()), train=split == "train", download=True)
     except Exception as error:  # a failing download raises anything
         raise UserError(
-            f"data: Fashion-MNIST is neither in {_DEBIAN} nor in {_cache()}, and the download failed ({error}); "
+            f"data: Fashion-MNIST is neither in {_DEBIAN} nor in {cache_folder()}, and the download failed ({error}); "
             "install Debian's dataset-fashion-mnist, or name the folder of its idx files: "
             f"fashion-mnist:{split}@FOLDER or DINO_SD_FASHION_MNIST=FOLDER"
         ) from error

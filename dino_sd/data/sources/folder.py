@@ -1,86 +1,70 @@
 """A folder of images: class folders, or any tree of files without labels."""
 
 import os
+import time
 
-import numpy as np
+import torch
 
-from dino_sd.data.decode import EXTENSIONS, picture
-from dino_sd.data.source import Picture, Source, short_hash
+from dino_sd.data.decode import EXTENSIONS
+from dino_sd.data.files import FileSource, by_name, labels_of_folders, stamp
+from dino_sd.data.index import Index, Strings, indexed
+from dino_sd.data.source import short_hash
 from dino_sd.errors import UserError
-from dino_sd.shapes import NO_LABEL
 
-FORM = "the path of a folder of images"
-_UNLABELLED = (b"unlabelled", b"unlabeled")
+FORM = f"a folder of images at any depth ({' '.join(EXTENSIONS)}, in any case)"
+_SETTLED = 2.0  # seconds; a folder changed later than this before a walk may have changed after it in the same tick
 
 
 def open(spec: str, channels: int) -> "FolderSource | None":
-    root = os.path.expanduser(spec)
-    return FolderSource(spec, root, channels) if os.path.isdir(root) else None
+    root = os.path.abspath(os.path.expanduser(spec))
+    if not os.path.isdir(root):
+        return None
+    index = indexed(f"folder {root}", lambda: _walk(root), lambda index: _unchanged(root, index))
+    names = Strings.from_index(index, "names")
+    return FolderSource(spec, root, channels, names) if len(names) else None
 
 
-class FolderSource(Source):
-    """All images below a folder, ordered by (file name, path).
+class FolderSource(FileSource):
+    """All images below a folder, ordered by (file name, path), with labels as in `labels_of_folders`."""
 
-    The order is by file name first, so that images keep their index, and with it their views, when they are sorted
-    into class folders. Labels exist where every image lies below one of at least two first-level folders; one named
-    `unlabelled` or `unlabeled`, in any case, is not counted, and its images have none.
-    Raises UserError where there is no image.
-    """
+    def __init__(self, name: str, root: str, channels: int, names: Strings):
+        labels_N, classes = labels_of_folders([names[i] for i in range(len(names))])
+        super().__init__(name, channels, names, labels_N, classes, root)
 
-    def __init__(self, name: str, root: str, channels: int):
-        self.name, self.channels = name, channels
-        self._root = os.fsencode(os.path.abspath(root))
-        paths = sorted(_image_paths(self._root), key=lambda path: (path.rpartition(b"/")[2], path))
-        if not paths:
-            raise UserError(f"data: no image in '{name}' or below; looked for {' '.join(EXTENSIONS)} in any case")
-        # Two arrays in place of a million Python objects: workers share them, as nothing counts references in them.
-        self._path_bytes = np.frombuffer(b"".join(paths), dtype=np.uint8)
-        self._path_ends = np.cumsum([len(path) for path in paths])
-        folders = [path.partition(b"/")[0] for path in paths if b"/" in path]
-        classes = sorted(folder for folder in set(folders) if folder.lower() not in _UNLABELLED)
-        if len(folders) == len(paths) and len(classes) >= 2:
-            self.classes = [os.fsdecode(folder) for folder in classes]
-            label_of = {folder: label for label, folder in enumerate(classes)}
-            self._labels = np.array([label_of.get(folder, NO_LABEL) for folder in folders], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._path_ends)
-
-    def path(self, index: int) -> str:
-        """The file of an image. Raises IndexError when there is no such image."""
-        index = range(len(self))[index]
-        start = self._path_ends[index - 1] if index else 0
-        return os.fsdecode(os.path.join(self._root, self._path_bytes[start : self._path_ends[index]].tobytes()))
-
-    def picture(self, index: int) -> Picture:
-        path = self.path(index)
-        try:
-            with os.fdopen(os.open(path, os.O_RDONLY), "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); repair or remove it") from error
-        return picture(data, path, self.channels)
+    def read(self, index: int) -> bytes:
+        with os.fdopen(os.open(self.path(index), os.O_RDONLY), "rb") as file:
+            return file.read()
 
     def fingerprint(self) -> str:
-        # The paths say all about the labels, unless some are hidden.
+        # The names say all about the labels, unless some are hidden.
         hidden = [self._labels.tobytes()] if self._labels_hidden and self._labels is not None else []
-        return short_hash(self._path_bytes.tobytes(), self._path_ends.tobytes(), *hidden)
+        return short_hash(self._names.hash(), *hidden)
 
 
-def _image_paths(root: bytes) -> list[bytes]:
-    """Paths below root, relative to it, of all images. Hidden files and folders are left out."""
+def _unchanged(root: str, index: Index) -> bool:
+    """Whether no folder has changed since the walk: a look at each, and at no file."""
+    folders = Strings.from_index(index, "folders")
+    paths = [os.path.join(os.fsencode(root), folders[i]) for i in range(len(folders))]
+    return bool((index["stamps"][:, 2] < index["began"]).all()) and torch.equal(stamp(paths), index["stamps"])
+
+
+def _walk(root: str) -> Index:
+    """Names of all images below root and relative to it, sorted; and the folders seen. Hidden ones are left out."""
     extensions = tuple(os.fsencode(extension) for extension in EXTENSIONS)
-    paths: list[bytes] = []
+    began = time.time_ns() - int(_SETTLED * 1e9)
+    names: list[bytes] = []
+    folders: list[bytes] = []
     # Links are followed. A folder that is its own ancestor is a loop and is left; a folder seen twice is not.
     pending = [(b"", frozenset())]
     while pending:
         prefix, ancestors = pending.pop()
-        folder = os.path.join(root, prefix)
+        folder = os.path.join(os.fsencode(root), prefix)
         try:
             status = os.stat(folder)
             entries = list(os.scandir(folder))
         except OSError as error:
             raise UserError(f"data: folder '{os.fsdecode(folder)}' cannot be read ({error.strerror})") from error
+        folders.append(prefix)
         identity = (status.st_dev, status.st_ino)
         if identity in ancestors:
             continue
@@ -90,5 +74,9 @@ def _image_paths(root: bytes) -> list[bytes]:
             if entry.is_dir():
                 pending.append((prefix + entry.name + b"/", ancestors | {identity}))
             elif entry.name.lower().endswith(extensions):
-                paths.append(prefix + entry.name)
-    return paths
+                names.append(prefix + entry.name)
+    stamps = stamp([os.path.join(os.fsencode(root), folder) for folder in folders])
+    return {
+        **Strings.of(by_name(names)).to_index("names"), **Strings.of(folders).to_index("folders"),
+        "stamps": stamps, "began": torch.tensor([began]),
+    }  # fmt: skip

@@ -1,0 +1,178 @@
+"""Bad files never end a run: others stand in, they are listed, and only too many of them are an error."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_identical, command, tiny_pairs
+from PIL import Image
+
+from dino_sd import checkpoint
+from dino_sd.data.geometry import make_views
+from dino_sd.data.source import BadImage, open_source
+from dino_sd.data.statistics import statistics
+from dino_sd.data.views import ViewGroup, ViewSpec
+from dino_sd.errors import UserError
+from dino_sd.train import train
+
+SPEC = ViewSpec((ViewGroup(2, (24, 24), (0.4, 1.0)), ViewGroup(2, (12, 12), (0.05, 0.4))))
+
+
+def photo(seed: int, size: tuple[int, int] = (160, 140)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def bomb(path: Path) -> None:
+    """A PNG of 20000x20000 pixels: one row, said to be that tall; the header alone must be enough."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    compressor = zlib.compressobj(9)
+    row = bytes(1 + 20000 * 3)
+    body = b"".join(compressor.compress(row) for _ in range(20000)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A hundred good JPEGs, some odd but good files, and bad ones."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for index in range(100):
+        photo(index).save(root / f"good{index:03d}.jpg")
+    photo(200).convert("CMYK").save(root / "odd_cmyk.jpg")
+    palette = photo(201).quantize(16)
+    palette.save(root / "odd_palette.png", transparency=bytes(range(0, 256, 16)))
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (256, 1))
+    Image.fromarray(ramp).save(root / "odd_ramp.png")
+    (root / "bad_empty.jpg").write_bytes(b"")
+    photo(203).save(root / "bad_cut.jpg")
+    whole = (root / "bad_cut.jpg").read_bytes()
+    (root / "bad_cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "bad_text.jpg").write_text("this is a text file\n")
+    bomb(root / "bad_bomb.png")
+    photo(204).save(root / "bad_secret.jpg")
+    (root / "bad_secret.jpg").chmod(0)
+    photo(205).save(root / "bad_deleted.jpg")
+    return root
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "bad_files.jsonl").read_text().splitlines()]
+
+
+EXPECTED = {
+    "bad_empty.jpg": "is empty, 0 bytes", "bad_cut.jpg": "Premature end", "bad_text.jpg": "no known image format",
+    "bad_bomb.png": "decompression bomb", "bad_secret.jpg": "Permission denied", "bad_deleted.jpg": "No such file",
+}  # fmt: skip
+
+
+def test_a_run_over_bad_files(tiny_yaml: Path, hostile: Path, tmp_path: Path):
+    """It ends with 0, and the report lists exactly the bad files; one is deleted while it runs."""
+    run = tmp_path / "run"
+    pairs = tiny_pairs(
+        run, channels=3, data=hostile, workers=2, views__global__size=28, steps=40, batch_size=20, log__every=5
+    )
+
+    def delete() -> None:
+        while not checkpoint.all_of(run) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (hostile / "bad_deleted.jpg").unlink()
+
+    deadline = time.monotonic() + 120
+    thief = threading.Thread(target=delete)
+    thief.start()
+    done = command("train", tiny_yaml, *pairs)
+    thief.join()
+    assert done.returncode == 0, done.stderr
+    expected = dict(EXPECTED)
+    if os.geteuid() == 0:  # whom no permission stops
+        del expected["bad_secret.jpg"]
+    found = {os.path.basename(line["path"]): line["reason"] for line in lines(run)}
+    assert found.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in found[name]
+    assert all(line["path"].startswith(str(hostile)) for line in lines(run))
+    assert f"{len(expected)} image(s) could not be read" in done.stderr and "Traceback" not in done.stderr
+    counts = [json.loads(line).get("bad_files") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert counts[-1] == len(expected)
+
+
+def test_the_same_run_on_two_ranks_and_after_a_cut(tiny, tiny_yaml: Path, hostile: Path, tmp_path: Path):
+    """Stand-ins are the same images however many ranks there are, and a file is listed once, whoever meets it."""
+    (hostile / "bad_deleted.jpg").unlink()
+    options = {"channels": 3, "data": hostile, "precision": "fp64", "drop_path": 0.0, "batch_size": 20, "steps": 20}
+    one = train(tiny(tmp_path / "one", **options))
+    done = command("train", tiny_yaml, *tiny_pairs(tmp_path / "two", **options), ranks=2)
+    assert done.returncode == 0, done.stderr
+    first, second = (sorted(lines(tmp_path / name), key=lambda line: line["index"]) for name in ("one", "two"))
+    assert first == second and len({line["path"] for line in first}) == len(first) >= 4
+    for path in checkpoint.all_of(tmp_path / "one")[:1]:
+        kept = tmp_path / path.name
+        path.rename(kept)
+        train(tiny(tmp_path / "one", **options))
+        assert_identical(one, kept)
+    assert sorted(lines(tmp_path / "one"), key=lambda line: line["index"]) == first
+
+
+def test_odd_files_are_read_whole(hostile: Path):
+    source = open_source(str(hostile), 3)
+    named = {os.path.basename(source.path(index)): index for index in range(len(source))}
+    for name in ("odd_cmyk.jpg", "odd_palette.png"):
+        expected = np.asarray(Image.open(hostile / name).convert("RGBA" if "palette" in name else "RGB").convert("RGB"))
+        assert np.array_equal(source.image(named[name]), expected.transpose(2, 0, 1))
+    ramp = source.image(named["odd_ramp.png"])
+    assert ramp.dtype == torch.uint8 and len(ramp.unique()) == 256
+    alone = hostile.parent / "alone"
+    alone.mkdir()
+    (hostile / "odd_ramp.png").rename(alone / "ramp.png")
+    source = open_source(str(alone), 1)
+    assert source.dtype == torch.uint16 and len(np.unique(source.image(0).numpy())) == 256
+    spec = ViewSpec((ViewGroup(1, (224, 224), (0.9, 1.0)),), channels=1)
+    (crops,) = make_views(source, spec, 0, 0, np.arange(1)).groups
+    assert crops.dtype == torch.uint16 and len(np.unique(crops.numpy())) > 200
+
+
+def test_the_next_readable_image_stands_in(tmp_path: Path):
+    for index in range(6):
+        photo(index).save(tmp_path / f"{index}.jpg")
+    good = make_views(open_source(str(tmp_path), 3), SPEC, 0, 0, np.arange(6))
+    for index in (2, 3, 5):
+        (tmp_path / f"{index}.jpg").write_bytes(b"")
+    source = open_source(str(tmp_path), 3)
+    views = make_views(source, SPEC, 0, 0, np.arange(6))
+    assert views.indices.tolist() == [0, 1, 4, 4, 4, 0]
+    assert {bad[0] for bad in views.bad} == {2, 3, 5}
+    for ours, theirs in zip(views.groups, good.groups, strict=True):
+        for index in (0, 1, 4):
+            assert torch.equal(ours.unflatten(0, (2, 6))[:, index], theirs.unflatten(0, (2, 6))[:, index])
+    assert all(torch.equal(a, b) for a, b in zip(views.rows, good.rows, strict=True))
+    found = statistics(source)
+    assert [bad[0] for bad in found.bad] == [2, 3, 5]
+
+
+def test_only_bad_files(tiny, tmp_path: Path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for index in range(20):
+        (root / f"{index}.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"none of 20 images of .* can be read; the first, .*0.jpg: cannot be read as"):
+        train(tiny(tmp_path / "run", channels=3, data=root))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_image_survives_a_process():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(BadImage("a.jpg", "is empty")))
+    assert (error.where, error.reason, str(error)) == ("a.jpg", "is empty", "a.jpg: is empty; repair or remove it")
