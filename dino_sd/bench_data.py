@@ -28,11 +28,10 @@ from dino_sd.config import Config
 from dino_sd.data.cache import cached
 from dino_sd.data.files import FileSource
 from dino_sd.data.geometry import make_views
-from dino_sd.data.loader import cores
 from dino_sd.data.photometry import Photometry
 from dino_sd.data.source import Chosen, Source
 from dino_sd.data.views import ViewSpec
-from dino_sd.distributed import pick_device
+from dino_sd.distributed import cores, pick_device
 from dino_sd.errors import UserError
 from dino_sd.speed import synchronize
 

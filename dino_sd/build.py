@@ -14,12 +14,11 @@ from dino_sd import checkpoint, schedule
 from dino_sd.config import Config
 from dino_sd.data.cache import cached, in_memory
 from dino_sd.data.joined import Joined
-from dino_sd.data.loader import cores
 from dino_sd.data.mix import Mix
 from dino_sd.data.order import steps_per_epoch
 from dino_sd.data.source import Source, labelled_often, labelled_only, open_source
 from dino_sd.data.views import ViewGroup, ViewSpec
-from dino_sd.distributed import local_world_size, say, world_size
+from dino_sd.distributed import cores, local_world_size, say, world_size
 from dino_sd.errors import UserError
 from dino_sd.load import load_model
 from dino_sd.method import Network, SelfDistillation

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +58,26 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "")
 
 
+def cores() -> int:
+    """CPU cores this process may use: its affinity, within its cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    return count if quota is None else max(1, min(count, int(quota)))
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """Cores that a container's cgroup (version 2 or 1) allows, or None where there is no limit."""
+    try:
+        if (root / "cpu.max").is_file():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        return float(quota) / float(period) if quota != "max" and float(quota) > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, then MPS, then the CPU. Under torchrun each local rank takes its own GPU."""
     if name == "auto":
@@ -82,6 +103,8 @@ def pick_device(name: str) -> torch.device:
 def setup(device_name: str = "auto", timeout_s: float = 600) -> torch.device:
     """Joins the process group when there is more than one rank; returns this rank's device."""
     device = pick_device(device_name)
+    if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also in a container that has fewer
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // local_world_size())))
     if world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=device)

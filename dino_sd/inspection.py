@@ -15,10 +15,10 @@ from rich.table import Table
 from dino_sd import sheets
 from dino_sd.config import InspectSettings
 from dino_sd.data.duplicates import flat, nearly_same, same
-from dino_sd.data.loader import cores
 from dino_sd.data.looks import look, open_with_its_channels
 from dino_sd.data.source import Source, name_of, open_source
 from dino_sd.data.statistics import combine, evenly
+from dino_sd.distributed import cores
 from dino_sd.settings import plain
 from dino_sd.shapes import NO_LABEL
 from dino_sd.suggestions import suggestions, warnings

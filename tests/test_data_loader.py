@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_sd import distributed
 from dino_sd.data import loader
 from dino_sd.data.loader import Batches, auto_workers
 from dino_sd.data.source import open_source
@@ -205,12 +206,12 @@ def test_workers_follow_the_cores(monkeypatch, tmp_path):
     assert auto_workers("cuda", 2, in_memory=False) == 16
     for text, expected in (("max 100000", None), ("250000 100000", 2.5)):
         (tmp_path / "cpu.max").write_text(text)
-        assert loader._cgroup_quota(tmp_path) == expected
+        assert distributed._cgroup_quota(tmp_path) == expected
     (tmp_path / "cpu.max").unlink()
-    assert loader._cgroup_quota(tmp_path) is None
+    assert distributed._cgroup_quota(tmp_path) is None
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
-    assert loader._cgroup_quota(tmp_path) is None
+    assert distributed._cgroup_quota(tmp_path) is None
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("400000")
-    assert loader._cgroup_quota(tmp_path) == 4.0
+    assert distributed._cgroup_quota(tmp_path) == 4.0

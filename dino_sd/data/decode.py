@@ -15,7 +15,6 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps
-from torchvision.io import ImageReadMode, decode_png
 
 from dino_sd.data.source import BadImage, Picture
 
@@ -127,6 +126,8 @@ def _native(data: bytes, channels: int | None) -> np.ndarray:
     if data.startswith(_NPY):
         return _from_npy(data, channels)
     if data.startswith(_PNG) and data[24:25] == b"\x10":
+        from torchvision.io import ImageReadMode, decode_png  # costs two seconds, which most runs need not spend
+
         _check_size(int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big"))
         return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
     if data.startswith(_TIFF):

@@ -61,18 +61,18 @@ class FileSource(Source):
         return os.path.join(self._root, os.fsdecode(self._names[index]))
 
     def picture(self, index: int) -> Picture:
-        where = self.path(index)
-        return picture(self._bytes(index, where), where, self.channels, self.dtype)
+        return picture(self.encoded(index), self.path(index), self.channels, self.dtype)
 
-    def _bytes(self, index: int, where: str) -> bytes:
+    def encoded(self, index: int) -> bytes:
+        """The encoded file. Raises BadImage where it cannot be read."""
         try:
             data = self.read(index)
         except OSError as error:
-            raise BadImage(where, f"cannot be read ({error.strerror or error})") from error
+            raise BadImage(self.path(index), f"cannot be read ({error.strerror or error})") from error
         except (EOFError, ValueError) as error:
-            raise BadImage(where, f"cannot be read ({error})") from error
+            raise BadImage(self.path(index), f"cannot be read ({error})") from error
         if not data:
-            raise BadImage(where, "is empty, 0 bytes")
+            raise BadImage(self.path(index), "is empty, 0 bytes")
         return data
 
     def _probe(self) -> torch.dtype:
@@ -82,7 +82,7 @@ class FileSource(Source):
             where, dtype = self.path(index), torch.uint8
             if not self._names[index].lower().endswith(_SHALLOW_EXTENSIONS):
                 try:
-                    dtype = native_dtype(self._bytes(index, where), where)
+                    dtype = native_dtype(self.encoded(index), where)
                 except BadImage:  # met again, and reported, where it is wanted
                     continue
             found.append(dtype)

@@ -1,12 +1,10 @@
 """This rank's micro-batches of views, from any step on, made in worker processes."""
 
 import atexit
-import os
 import shutil
 import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from dino_sd.data.geometry import make_views
 from dino_sd.data.order import step_indices, steps_per_epoch
 from dino_sd.data.source import Bad, Source
 from dino_sd.data.views import ViewSpec
-from dino_sd.distributed import say
+from dino_sd.distributed import cores, say
 from dino_sd.errors import UserError
 
 _MOST_WORKERS = 16
@@ -199,24 +197,4 @@ def _shared_memory() -> int | None:
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
-        return None
-
-
-def cores() -> int:
-    """CPU cores this process may use: its affinity, within its cgroup's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
-    return count if quota is None else max(1, min(count, int(quota)))
-
-
-def _cgroup_quota(root: Path) -> float | None:
-    """Cores that a container's cgroup (version 2 or 1) allows, or None where there is no limit."""
-    try:
-        if (root / "cpu.max").is_file():
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        return float(quota) / float(period) if quota != "max" and float(quota) > 0 else None
-    except (OSError, ValueError):
         return None

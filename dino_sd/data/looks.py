@@ -78,7 +78,7 @@ def _look_at(source: Source, index: int) -> tuple:
     """The fields of `look_type`. Raises BadImage."""
     if isinstance(source, FileSource):
         where = source.path(index)
-        data = source._bytes(index, where)
+        data = source.encoded(index)
         seen = picture(data, where, source.channels, source.dtype)
     else:
         data, where, seen = b"", "", source.picture(index)
@@ -137,7 +137,7 @@ def _own_channels(source: Source, index: int) -> int:
         image_CHW = source.image(index)
         return 1 if all(torch.equal(image_CHW[0], image_CHW[c]) for c in (1, 2)) else 3
     where = source.path(index)
-    channels, mode = _sample_count(source._bytes(index, where), where)
+    channels, mode = _sample_count(source.encoded(index), where)
     if mode in ("uint8", "uint16", "float32"):  # bands
         return channels
     return 1 if mode.split(" ")[0] in ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B") else 3  # alpha is not looked at
