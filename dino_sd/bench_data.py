@@ -1,6 +1,6 @@
 """`dino-sd bench data`: how fast images become views, stage by stage, beside the same recipe of torchvision and Pillow.
 
-Everything on one core: images/s here are images/s a core. Rounds of all that is compared take turns.
+Everything on one core unless more are asked for. Rounds of all that is compared take turns.
 """
 
 import io
@@ -37,7 +37,6 @@ from dino_sd.speed import synchronize
 
 IMAGES = 70  # JPEGs made from the photographs
 SIZE = (500, 375)  # width and height of the average ImageNet picture
-BATCH = 32
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina")  # of scikit-image
 
 
@@ -65,28 +64,33 @@ def bench_data(
     pairs: list[str],
     feed: float | None = None,
     picture: Path | None = None,
+    threads: int = 1,
     json_only: bool = False,
     rounds: int = 9,
 ) -> dict[str, Any]:
     """Prints and returns milliseconds an image of every stage, medians over the rounds, and what follows from them.
 
-    data: images; None: 500x375 JPEGs made for it. feed: images/s that are wanted. picture: file for `draw`. json_only:
-    stdout gets exactly one JSON object, the table is on stderr.
+    data: images; None: 500x375 JPEGs made for it. feed: images/s that are wanted. picture: file for `draw`. threads:
+    cores to work on. json_only: stdout gets exactly one JSON object, the table is on stderr.
     """
     cfg = recipe.load_config("own_images", [*pairs, "data=none" if data is None else f"data={data}"])
     spec, device = build.view_spec(cfg), pick_device(cfg.device)
-    with tempfile.TemporaryDirectory() as scratch, one_core():
+    with tempfile.TemporaryDirectory() as scratch, on_cores(threads):
         if data is None:
             (Path(scratch) / "images").mkdir()
             photographs(Path(scratch) / "images")
             cfg = recipe.load_config("own_images", [*pairs, f"data={scratch}/images"])
         source = build.open_data(cfg)
-        times = measure(source, cached_part(source, Path(scratch), cfg.data.cache_side), spec, device, rounds)
+        batch = min(cfg.batch_size, len(source))
+        raw = cached_part(source, Path(scratch), cfg.data.cache_side, batch)
+        times = measure(source, raw, spec, device, batch, rounds)
+        if "pil" in times:
+            times["pil"] /= threads  # it runs on one, in a process for each
         if picture is not None:
             draw(source, spec, picture)
     report = summary(times)
     show(Console(width=max(Console().width, 110), stderr=json_only, markup=False, emoji=False, highlight=False),
-         cfg, source, device, report, feed)  # fmt: skip
+         cfg, source, device, report, feed, threads)  # fmt: skip
     report = {"milliseconds": times, **report}
     if json_only:
         print(json.dumps(report), flush=True)
@@ -94,9 +98,9 @@ def bench_data(
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
+def on_cores(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     reuse_freed_memory()  # as train does on a CPU
     try:
         yield
@@ -104,17 +108,18 @@ def one_core() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cached_part(source: Source, scratch: Path, side: int) -> Source | None:
+def cached_part(source: Source, scratch: Path, side: int, batch: int) -> Source | None:
     """The first images as raw copies; None for images that are in memory anyway."""
     if source.stack is not None:
         return None
-    some = Chosen(source, np.arange(min(len(source), 2 * BATCH)))
+    some = Chosen(source, np.arange(min(len(source), 2 * batch)))
     return cached(some, scratch / "raw", side)
 
 
-def measure(source: Source, raw: Source | None, spec: ViewSpec, device: torch.device, rounds: int) -> dict[str, float]:
+def measure(
+    source: Source, raw: Source | None, spec: ViewSpec, device: torch.device, batch: int, rounds: int
+) -> dict[str, float]:
     """{stage: milliseconds an image}; `pil` is the published recipe, all stages of it."""
-    batch = min(BATCH, len(source))
     photometry = Photometry(spec, MEAN[:1] * spec.channels, STD[:1] * spec.channels)
     parts: dict[str, list[float]] = {}
 
@@ -192,19 +197,25 @@ def summary(times: dict[str, float]) -> dict[str, Any]:
 
 
 def show(
-    console: Console, cfg: Config, source: Source, device: torch.device, report: dict[str, Any], feed: float | None
+    console: Console,
+    cfg: Config,
+    source: Source,
+    device: torch.device,
+    report: dict[str, Any],
+    feed: float | None,
+    threads: int,
 ) -> None:
     spec = build.view_spec(cfg)
     crops = " + ".join(f"{group.count}x{group.size[0]}" for group in spec.groups)
-    table = Table(title=f"{source.name}: {len(source):,} images, {crops}, one core", title_justify="left")
-    for column in ("stage", "ms an image", "images/s a core"):
+    table = Table(title=f"{source.name}: {len(source):,} images, {crops}, {threads} core(s)", title_justify="left")
+    for column in ("stage", "ms an image", "images/s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, milliseconds in report["stages"].items():
         table.add_row(name, f"{milliseconds:.2f}", f"{1e3 / milliseconds:,.0f}" if milliseconds else "")
     table.add_section()
     rows = {
         "elsewhere": f"read to crop (photometry elsewhere{', on ' + device.type if device.type != 'cpu' else ''})",
-        "one_core": "all on this core", "raw": "read to crop from raw copies", "raw_one_core": "all, from raw copies",
+        "one_core": "all here", "raw": "read to crop from raw copies", "raw_one_core": "all, from raw copies",
         "pil": "torchvision's transforms on Pillow images",
     }  # fmt: skip
     for name, speed in report["images_per_s"].items():
@@ -215,7 +226,7 @@ def show(
     console.print(f"the most time goes into {report['limit']}; torch {torch.__version__}, {cores()} core(s) here")
     wanted = [feed] if feed else [500, 1000, 3500]
     for rate in wanted:
-        needed = f"{rate:,.0f} images/s need {rate / stage_one:.1f} cores"
+        needed = f"{rate:,.0f} images/s need {threads * rate / stage_one:.1f} cores"
         if "raw" in report["images_per_s"]:
-            needed += f", or {rate / report['images_per_s']['raw']:.1f} with data.cache=DIR"
+            needed += f", or {threads * rate / report['images_per_s']['raw']:.1f} with data.cache=DIR"
         console.print(needed)

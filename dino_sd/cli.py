@@ -233,6 +233,7 @@ def bench_data(
     ] = None,
     feed: Annotated[float | None, typer.Option(help="images/s that are wanted: how many cores feed them?")] = None,
     picture: Annotated[Path | None, typer.Option(help="draw both kinds of views side by side into this file")] = None,
+    cores: Annotated[int, typer.Option(min=1, help="cores to work on")] = 1,
     json: Annotated[bool, JSON] = False,
 ) -> None:
     """How fast images become views, stage by stage, beside the same recipe of torchvision and Pillow."""
@@ -241,7 +242,7 @@ def bench_data(
     named = [argument for argument in arguments or [] if "=" not in argument]
     if len(named) > 1:
         raise UserError(f"bench data: expected one DATA, found {' and '.join(named)}")
-    run(named[0] if named else None, [pair for pair in arguments or [] if "=" in pair], feed, picture, json)
+    run(named[0] if named else None, [pair for pair in arguments or [] if "=" in pair], feed, picture, cores, json)
 
 
 def settings(cls: Any, pairs: list[str] | None) -> Any:

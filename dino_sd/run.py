@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 
 from dino_sd import __version__
 from dino_sd.config import Config
+from dino_sd.data.loader import Batch
 from dino_sd.data.source import Bad, Source
 from dino_sd.data.statistics import statistics
 from dino_sd.distributed import barrier, gather_objects, is_main, world_size
@@ -105,6 +106,12 @@ class BadFiles:
                 with suppress(ValueError, KeyError):  # a line that a crash cut short is met again
                     entry = json.loads(line)
                     self.known[entry["index"]] = f"{entry['path']}: {entry['reason']}"
+
+    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, as they come, their bad images noted."""
+        for batch in batches:
+            self.add(batch.bad)
+            yield batch
 
     def add(self, bad: Iterable[Bad]) -> None:
         self.new |= {entry[0]: entry for entry in bad if entry[0] not in self.known}

@@ -2,9 +2,11 @@
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino_sd import build, checkpoint
 from dino_sd.allocator import return_free_memory, reuse_freed_memory
 from dino_sd.config import Config
-from dino_sd.data.loader import Batches, pick_workers
+from dino_sd.data.loader import Batch, Batches, pick_workers
 from dino_sd.data.mix import Mix
 from dino_sd.data.photometry import Photometry
 from dino_sd.distributed import (
@@ -97,7 +99,7 @@ def train(cfg: Config) -> Path:
     bad_files = BadFiles(run, len(source), cfg.data.most_bad)
     bad_files.add((*source.bad, *bad))
     bad_files.share()
-    views = on_device(batches, photometry, mix, device, dtype, bad_files)
+    views = on_device(bad_files.of(batches), photometry, mix, device, dtype)
     log = Log(
         run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
     )  # fmt: skip
@@ -223,25 +225,43 @@ class Due:
 
 
 def on_device(
-    batches: Batches,
-    photometry: Photometry,
-    mix: Mix | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    bad_files: BadFiles,
+    batches: Iterable[Batch], photometry: Photometry, mix: Mix | None, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[list[Tensor], int, Tensor | None]]:
     """Stage two of the views: (groups of normalised crops, images in them, labels) for each part of a step."""
-    for batch in batches:
-        bad_files.add(batch.bad)
-        groups = [
-            photometry(crops.to(device, non_blocking=True), rows).to(dtype)
-            for crops, rows in zip(batch.groups, batch.rows, strict=True)
-        ]
+    for batch in ahead(batches, device):
+        groups = [photometry(crops, rows).to(dtype) for crops, rows in zip(batch.groups, batch.rows, strict=True)]
         if mix is not None and batch.labels is not None:
             groups[0], labels = mix(groups[0], batch.labels)
         else:
             labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
         yield groups, len(batch.indices), labels
+
+
+def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches whose crops are on the device; on CUDA the next one is copied while this one is worked on."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield replace(batch, groups=[crops.to(device) for crops in batch.groups])
+        return
+    copying, before = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            coming = replace(batch, groups=[crops.to(device, non_blocking=True) for crops in batch.groups])
+            copied = copying.record_event()
+        if before is not None:
+            yield arrived(*before)
+        before = coming, copied
+    if before is not None:
+        yield arrived(*before)
+
+
+def arrived(batch: Batch, copied: Any) -> Batch:
+    """Whatever is done with the batch from now on waits for its copy, and its memory is kept until that is done."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+    for crops in batch.groups:
+        crops.record_stream(stream)
+    return batch
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

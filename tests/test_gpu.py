@@ -23,13 +23,12 @@ from dino_sd.config import Config
 from dino_sd.data import draws
 from dino_sd.data.loader import Batch, Batches
 from dino_sd.data.photometry import Photometry
-from dino_sd.data.source import open_source
-from dino_sd.data.views import ViewSpec
+from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.export import export
 from dino_sd.load import load_model
 from dino_sd.method import SelfDistillation
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
-from dino_sd.train import Window, on_device, seed_of, train
+from dino_sd.train import Window, ahead, on_device, seed_of, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,14 +59,14 @@ def exact() -> None:
 
 
 def first_batch(cfg: Config) -> Batch:
-    source = open_source(cfg.data, cfg.channels)
+    source = build.open_data(cfg)
     batches = Batches(source, build.view_spec(cfg), seed=cfg.seed, batch_size=cfg.batch_size, total_steps=1)
     return next(iter(batches))
 
 
 def first_views(cfg: Config) -> list[Tensor]:
     """The normalised crops of the first step, made on the CPU."""
-    groups, _, _ = next(on_device([first_batch(cfg)], photometry_of(cfg), torch.device(CPU), torch.float32))  # pyright: ignore
+    groups, _, _ = next(on_device([first_batch(cfg)], photometry_of(cfg), None, torch.device(CPU), torch.float32))
     return groups
 
 
@@ -314,7 +313,7 @@ def test_no_step_waits_for_the_device(tiny, tmp_path: Path, optimizer: str, batc
     optimizer_ = make_optimizer(cfg.optim.name, method.student)
     parameters, window = list(method.student.parameters()), Window()
     batches: Any = [first_batch(cfg).pin_memory()] * steps
-    views = on_device(batches, photometry_of(cfg), device, torch.float32)
+    views = on_device(batches, photometry_of(cfg), None, device, torch.float32)
     autocast = torch.autocast(GPU, torch.bfloat16)
 
     def body(step: int) -> None:
@@ -389,3 +388,53 @@ def test_compiled_run_is_the_eager_one_and_can_be_taken_elsewhere(tiny, tmp_path
 
 if __name__ == "__main__":
     print(json.dumps(ddp_against_plain(sys.argv[1])))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_small_images_are_cut_on_the_device_to_the_bit(precision: str):
+    """The geometry's sums are exact in float32, whatever TF32 is allowed elsewhere."""
+    cfg = recipe.load_config("quickstart", ["batch_size=64"])
+    source, spec = build.open_data(cfg), build.view_spec(cfg)
+    torch.set_float32_matmul_precision(precision)
+    made = [
+        next(iter(Batches(source, spec, seed=0, batch_size=64, total_steps=1, device=device))) for device in (CPU, GPU)
+    ]
+    for ours, theirs in zip(made[0].groups, made[1].groups, strict=True):
+        assert theirs.is_cuda and torch.equal(ours, theirs.cpu())
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_batches_copied_ahead_are_the_batches(tmp_path: Path):
+    """From files, by workers, through pinned memory and another stream: the same crops in the same order."""
+    from PIL import Image
+
+    for index in range(24):
+        noise = np.random.default_rng(index).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{index:02d}.png")
+    cfg = recipe.load_config("own_images", [f"data={tmp_path}", "batch_size=8", "data.memory=0"])
+    source, spec = build.open_data(cfg), build.view_spec(cfg)
+
+    def batches(device: str) -> list[Batch]:
+        made = Batches(source, spec, seed=0, batch_size=8, total_steps=6, workers=2, device=device)
+        kept = []
+        for batch in ahead(made, torch.device(device)):
+            busy = torch.randn(2048, 2048, device=device)
+            for _ in range(20 if device == GPU else 0):
+                busy = busy @ busy  # the next copy is under way meanwhile
+            kept.append(Batch([crops.cpu() for crops in batch.groups], batch.rows, None, batch.indices, batch.bad))
+        return kept
+
+    for ours, theirs in zip(batches(CPU), batches(GPU), strict=True):
+        assert torch.equal(ours.indices, theirs.indices)
+        assert all(torch.equal(a, b) for a, b in zip(ours.groups, theirs.groups, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float32])
+def test_deep_pixels_on_the_device(dtype: torch.dtype):
+    white = 65535 if dtype == torch.uint16 else 1.0
+    crops = (torch.rand(8, 5, 24, 24, generator=torch.Generator().manual_seed(0)) * white).to(dtype)
+    spec = ViewSpec((ViewGroup(1, (24, 24)),), channels=5, blur=(0.5,), solarize=(0.5,))
+    rows = torch.from_numpy(draws.rows(draws.draw(spec, 0, 0, np.arange(8)), spec)[0])
+    photometry = Photometry(spec, [0.4] * 5, [0.2] * 5, (0.1, 0.9))
+    ours, theirs = photometry(crops, rows), photometry(crops.to(GPU), rows).cpu()
+    assert torch.allclose(ours, theirs, atol=1e-3)

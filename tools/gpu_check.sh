@@ -55,7 +55,7 @@ minimum = dict(re.findall(r'"([A-Za-z0-9_-]+)>=([0-9.]+)"', open("pyproject.toml
 modules = {
     "torch": "torch", "torchvision": "torchvision", "timm": "timm", "einops": "einops", "numpy": "numpy",
     "PIL": "pillow", "pydantic": "pydantic", "yaml": "PyYAML", "rich": "rich", "typer": "typer",
-    "safetensors": "safetensors", "pytest": "pytest",
+    "safetensors": "safetensors", "simplejpeg": "simplejpeg", "pytest": "pytest",
 }
 brings = {  # needed by the module itself; asked for only where the module is missing, and they are too
     "rich": {"markdown_it": "markdown-it-py", "mdurl": "mdurl", "pygments": "Pygments"},
