@@ -29,7 +29,7 @@ from dino_sd.data.cache import cached
 from dino_sd.data.files import FileSource
 from dino_sd.data.geometry import make_views
 from dino_sd.data.photometry import Photometry
-from dino_sd.data.source import Chosen, Source
+from dino_sd.data.source import BadImage, Chosen, Source
 from dino_sd.data.views import ViewSpec
 from dino_sd.distributed import cores, pick_device
 from dino_sd.errors import UserError
@@ -132,8 +132,9 @@ def measure(
         parts.setdefault(name, []).append((time.perf_counter() - began) / batch * 1e3)
 
     pil = PilRecipe(spec) if spec.channels in (1, 3) and source.dtype == torch.uint8 else None
+    known = readable(source, (rounds + 1) * batch)
     for number in range(rounds + 1):
-        indices = (np.arange(batch) + number * batch) % len(source)
+        indices = known[(np.arange(batch) + number * batch) % len(known)]
         if isinstance(source, FileSource):
             with timed("read"):
                 files = [source.read(index) for index in indices.tolist()]
@@ -162,6 +163,20 @@ def measure(
         if number == 0:
             parts.clear()  # the first round warms up
     return {name: statistics.median(values) for name, values in parts.items()}
+
+
+def readable(source: Source, most: int) -> np.ndarray:
+    """Indices of the first images, at most so many, without those that cannot be read. Raises UserError on none."""
+    indices, reason = [], ""
+    for index in range(min(len(source), most)):
+        try:
+            source.image(index)
+            indices.append(index)
+        except BadImage as error:
+            reason = reason or str(error)
+    if not indices:
+        raise UserError(f"bench data: no image of '{source.name}' can be read; {reason}")
+    return np.array(indices)
 
 
 def hand_over(groups: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -17,10 +17,11 @@ from dino_sd.data.geometry import make_views
 from dino_sd.data.photometry import Photometry
 from dino_sd.data.source import Source
 from dino_sd.data.views import Row, ViewGroup, ViewSpec
+from dino_sd.sheets import Crops, crops_sheet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BINS = 32
-SHOWN = 6  # images
+SHOWN = 4  # images
 COMPARED = 2_000  # views of each group
 _FLAGS = {"jittered": Row.JITTERED, "gray": Row.GRAYSCALE, "blurred": Row.SIGMA, "solarised": Row.SOLARIZE}
 
@@ -147,10 +148,10 @@ def draw(source: Source, spec: ViewSpec, path: Path) -> None:
     from matplotlib.figure import Figure
 
     ours, theirs = compare(source, spec)
-    figure = Figure(figsize=(15, 9.5), layout="constrained")
+    figure = Figure(figsize=(15, 8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.9, 1])  # pyright: ignore
     for axes, seen, title in zip(above.subplots(1, 2), (ours, theirs), ("dino_sd", "torchvision, Pillow"), strict=True):
-        axes.imshow(_sheet(seen.shown), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(crops_sheet(Crops([], [], seen.shown), bytes_=True)[0], cmap="gray", vmin=0, vmax=1)
         axes.set_title(f"{title}: views of {len(seen.shown[0][0])} images")
         axes.axis("off")
     channels = spec.channels
@@ -172,17 +173,4 @@ def draw(source: Source, spec: ViewSpec, path: Path) -> None:
     shares.set_xticks(places, names)
     shares.set(ylabel="share of the views")
     shares.legend()
-    figure.savefig(path, dpi=80)
-
-
-def _sheet(groups: list[Tensor]) -> np.ndarray:
-    """One row an image, its views side by side: (H, W, C), or (H, W) of one channel."""
-    tall = max(views.shape[-2] for views in groups)
-    columns = []
-    for views in groups:
-        for view_NCHW in views:
-            column = torch.ones(len(view_NCHW), view_NCHW.shape[1], tall + 4, view_NCHW.shape[3] + 4)
-            column[:, :, 2 : 2 + view_NCHW.shape[2], 2 : 2 + view_NCHW.shape[3]] = view_NCHW
-            columns.append(column.permute(0, 2, 3, 1).flatten(0, 1))
-    sheet = torch.cat(columns, 1)
-    return (sheet[..., 0] if sheet.shape[-1] == 1 else sheet).numpy()
+    figure.savefig(path, dpi=72)

@@ -23,8 +23,10 @@ app.add_typer(bench_app, name="bench")
 
 PAIRS = typer.Argument(metavar="[KEY=VALUE]...", help="settings; --help lists them all")
 DATA = (
-    "DATA is a folder of images (class folders, or any other order without labels), fashion-mnist:train|test, or "
-    "fashion-mnist-mini:train|test (ships with the package)."
+    "DATA is a folder of images at any depth (class folders give labels), a pattern ('/data/**/*.jpg'), a list (.txt, "
+    ".csv: path[,label]), .tar or .zip archives (also 'shard-{000..123}.tar'), .parquet files or a folder that Hugging "
+    "Face datasets saved (extra: parquet), torchvision:NAME:SPLIT, fashion-mnist:train|test, or "
+    "fashion-mnist-mini:train|test (ships with the package). Several: 'data=[A,B]' 'data.weights=[1,2]'."
 )
 MODEL = (
     "MODEL is a run folder, a checkpoint, an export folder, timm:NAME, or `pixels` for the raw images as a baseline."

@@ -24,8 +24,9 @@ FLOORS = {
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "load": 2,
     "build": 3, "run": 3, "validation": 3, "suggestions": 3,
     "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
-    "quickstart": 5, "bench": 5, "bench_data": 5, "bench_views": 4, "generations": 5, "inspection": 5,
-    "cli": 6, "__main__": 7,
+    "quickstart": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5,
+    "bench_data": 6,
+    "cli": 7, "__main__": 8,
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in Pillow
 # A crop rounded to bytes is at or above Pillow's threshold of 128 exactly where its value is at or above 127.5 / 255.
 _SOLARIZE_FROM = 0.5
 _BLUR_BLOCK = 16
+_LARGE = 2**14  # numbers in a crop from which on a CPU works on each rather than on many at once
 # Plain numbers: looking one up in the enumeration takes longer than many an operation on a small crop.
 _FIRST, _FOURTH, _JITTERED, _HUE = int(Row.FIRST), int(Row.FOURTH), int(Row.JITTERED), int(Row.HUE)
 _UNCHANGED = np.array([1, 1, 1, 0], dtype=np.float32)  # brightness, contrast, saturation, hue
@@ -67,13 +68,13 @@ class Photometry:
     def _parts(self, rows_NR: torch.Tensor, out_NCHW: torch.Tensor) -> list[np.ndarray]:
         """Indices of crops to work on together.
 
-        On a CPU those whose colours are jittered in the same order: every operation then concerns all of them, and a
-        crop's result does not depend on its neighbours. A GPU would rather have few, large parts.
+        Large ones on a CPU with those whose colours are jittered in the same order: every operation then concerns all
+        of a part. Small ones, and a GPU, would rather have few and large parts.
         """
-        most = (_CHUNK_CPU if out_NCHW.device.type == "cpu" else _CHUNK_GPU) // max(1, out_NCHW[:1].numel()) or 1
-        places = np.arange(len(rows_NR))
-        ends = []
-        if out_NCHW.device.type == "cpu":
+        on_cpu, size = out_NCHW.device.type == "cpu", out_NCHW[:1].numel()
+        most = (_CHUNK_CPU if on_cpu else _CHUNK_GPU) // max(1, size) or 1
+        places, ends = np.arange(len(rows_NR)), []
+        if on_cpu and size >= _LARGE:
             columns = (Row.JITTERED, Row.FIRST, Row.SECOND, Row.THIRD, Row.FOURTH)
             keys_5N = rows_NR.numpy()[:, columns].T * rows_NR.numpy()[:, Row.JITTERED]
             places = np.lexsort(keys_5N)
@@ -97,7 +98,7 @@ class Photometry:
             _on_some_(operation_, x_NCHW, rows[:, column] > 0, rows[:, column])
 
     def _blur_(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or x[0].numel() < _LARGE:
             return x.copy_(gaussian_blur(x, sigma.view(-1), self.radius))
         for one_1CHW, sigma_1 in zip(x.split(1), sigma.view(-1).split(1), strict=True):
             # Most kernels are narrower than the widest: what lies beyond 5 sigma is below 1e-6 of their mass.
