@@ -66,9 +66,11 @@ def test_raw_copies_are_the_images(tmp_path: Path, workers: int, monkeypatch):
     assert raw.labels().tolist() == source.labels().tolist() and raw.fingerprint() != source.fingerprint()
     again = pickle.loads(pickle.dumps(raw))
     assert len(pickle.dumps(raw)) < 20_000 and torch.equal(again.image(3), source.image(3))
-    for path in (tmp_path / "images").rglob("*.png"):  # made once, the images themselves are not looked at again
-        path.write_bytes(b"")
+    monkeypatch.setattr(type(source), "picture", None)  # made once: no image is decoded again
     assert torch.equal(cached(source, tmp_path / "raw", 384).image(5), again.image(5))
+    monkeypatch.undo()
+    Image.new("RGB", (70, 80), (9, 8, 7)).save(tmp_path / "images" / "class1" / "005.png")  # unless it has changed
+    assert cached(source, tmp_path / "raw", 384).image(5).flatten(1).float().mean(1).tolist() == [9, 8, 7]
 
 
 def test_larger_images_are_made_smaller(tmp_path: Path):

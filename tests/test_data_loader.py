@@ -215,3 +215,20 @@ def test_workers_follow_the_cores(monkeypatch, tmp_path):
     assert distributed._cgroup_quota(tmp_path) is None
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("400000")
     assert distributed._cgroup_quota(tmp_path) == 4.0
+
+
+def test_a_small_shared_memory_is_noticed_and_named(folder, monkeypatch, capsys):
+    """64 MB, as containers have it: fewer workers where we choose, else an error that says how many fit."""
+    source = open_source(str(folder), 3)
+    crops = ViewSpec((ViewGroup(2, (224, 224)),))  # 301,056 bytes an image
+    monkeypatch.setattr(loader, "cores", lambda: 8)
+    monkeypatch.setattr(loader, "_shared_memory", lambda: 64 * 2**20)
+    assert loader.pick_workers(4, "cpu", 1, source, crops, 16) == 4 and not capsys.readouterr().err
+    assert loader.pick_workers("auto", "cpu", 1, source, crops, 64) == 1
+    said = capsys.readouterr().err
+    assert "/dev/shm has 64 MiB free" in said and "--shm-size" in said and "going on with workers=1" in said
+    with pytest.raises(UserError, match="too little for workers=4 with batches of 18 MiB.*or set workers=1"):
+        loader.pick_workers(4, "cpu", 1, source, crops, 64)
+    assert loader.pick_workers("auto", "cpu", 4, source, crops, 64) == 0
+    monkeypatch.setattr(loader, "_shared_memory", lambda: None)
+    assert loader.pick_workers(4, "cpu", 1, source, crops, 64) == 4

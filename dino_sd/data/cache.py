@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,9 @@ class _Copy(Source):
 
     def path(self, index: int) -> str:
         return self._whole.path(index)
+
+    def files(self) -> list[str]:
+        return self._whole.files()
 
     def fingerprint(self) -> str:
         hidden = [self._labels.tobytes()] if self._labels_hidden and self._labels is not None else []
@@ -127,10 +130,11 @@ def cached(source: Source, folder: str | Path, side: int, workers: int = 0) -> S
     """The source, read from raw copies in `folder`; they are made first where they are not there yet.
 
     side: images are resized until their shorter side is at most that, in pixels. workers: processes that decode. Copies
-    of other images, or of another size, have places of their own in the folder. Raises UserError where it cannot be
-    written or the disk is too small.
+    of other images, of images written again, or of another size, have places of their own in the folder. Raises
+    UserError where it cannot be written or the disk is too small.
     """
-    key = short_hash(source.fingerprint().encode(), f"{side} {source.channels} {name_of(source.dtype)}".encode())
+    how = f"{side} {source.channels} {name_of(source.dtype)} {_dates(source.files())}"
+    key = short_hash(source.fingerprint().encode(), how.encode())
     place = Path(folder).expanduser() / key
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +172,16 @@ def _make(source: Source, place: Path, side: int, workers: int) -> None:
     save_file({"sizes": sizes, "starts": starts}, making / "index.safetensors")
     (making / "bad.json").write_text(json.dumps(bad))
     os.replace(making, place)
+
+
+def _dates(paths: list[str]) -> list[tuple[int, int]]:
+    """What tells that an image was written again in its place."""
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            state = os.stat(path)
+            found.append((state.st_size, state.st_mtime_ns))
+    return found
 
 
 @contextmanager

@@ -21,6 +21,7 @@ _SETTLED = 2_000_000_000  # ns; a file changed later than this before it was rea
 _SHALLOW_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension not in DEEP_EXTENSIONS)
 _MOST_OPEN = 64  # archives at a time and process: a thousand files are all that many systems allow
 _PROBED = 16
+_DATED = 10_000  # files whose times are looked at
 _DTYPES = (torch.uint8, torch.uint16, torch.float32)
 _UNLABELLED = (b"unlabelled", b"unlabeled")
 _NO_NAMES = {"", str(NO_LABEL)}
@@ -59,6 +60,9 @@ class FileSource(Source):
     def path(self, index: int) -> str:
         """Where an image lies, for messages. Raises IndexError when there is no such image."""
         return os.path.join(self._root, os.fsdecode(self._names[index]))
+
+    def files(self) -> list[str]:
+        return [self.path(index) for index in range(0, len(self), -(-len(self) // _DATED))]
 
     def picture(self, index: int) -> Picture:
         return picture(self.encoded(index), self.path(index), self.channels, self.dtype)
@@ -124,6 +128,9 @@ class ArchiveSource(FileSource):
     def path(self, index: int) -> str:
         name = os.fsdecode(self._names[index])
         return f"{self._paths[int(self._places[index, 0])]}/{name}"
+
+    def files(self) -> list[str]:
+        return self._paths
 
     def read_at(self, archive: int, offset: int, size: int) -> bytes:
         """Bytes of an archive. Raises ValueError where they are too many, or it ends before them."""

@@ -71,6 +71,9 @@ class Joined(Source):
         source, within = self._place(index)
         return source.path(within)
 
+    def files(self) -> list[str]:
+        return [path for source in self._sources for path in source.files()]
+
     def fingerprint(self) -> str:
         hidden = [self._labels.tobytes()] if self._labels_hidden and self._labels is not None else []
         return short_hash(*(s.fingerprint().encode() for s in self._sources), repr(self.parts).encode(), *hidden)

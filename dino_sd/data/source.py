@@ -80,6 +80,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A short hash of what the set is and which labels are known; cheap, so it does not look at every pixel."""
 
+    def files(self) -> list[str]:
+        """Files whose times and sizes change when the images do, or some of them where they are many."""
+        return []
+
     def image(self, index: int) -> torch.Tensor:
         """One image at full size, (C, H, W). Raises BadImage where it cannot be read."""
         return self.picture(index).decode(1)
@@ -169,6 +173,9 @@ class Chosen(Source):
 
     def path(self, index: int) -> str:
         return self._whole.path(int(self._chosen[index]))
+
+    def files(self) -> list[str]:
+        return self._whole.files()
 
     def fingerprint(self) -> str:
         labels = b"" if self._labels is None else self._labels.tobytes()

@@ -49,6 +49,9 @@ class TableSource(FileSource):
     def cell(self, table: int, row: int) -> bytes | dict | None:
         """A cell of the column of images, as Python objects. May raise what pyarrow does."""
 
+    def files(self) -> list[str]:
+        return self._paths
+
     def path(self, index: int) -> str:
         table, row = self._places[index].tolist()
         return f"{self._paths[table]}[{row}]"
