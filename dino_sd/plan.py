@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dino_sd import build, checkpoint
 from dino_sd.config import Config
+from dino_sd.data.source import name_of
 from dino_sd.distributed import is_main, pick_device, world_size
 from dino_sd.log import duration
 from dino_sd.method import SelfDistillation
@@ -55,7 +56,8 @@ def plan(cfg: Config) -> None:
         ("data", f"{cfg.data}: {len(source):,} images, "
                  + (f"{len(source.classes)} classes, {data['labelled']:.0%} labelled" if source.classes
                     else "no labels")),
-        ("views", f"{' + '.join(crops)} an image, {cfg.channels} channel(s)"),
+        ("views", f"{' + '.join(crops)} an image, {cfg.channels} channel(s) of {name_of(source.dtype)}"
+                  + (f"; without RGB no {dropped}" if (dropped := build.view_spec(cfg).dropped) else "")),
         ("length", f"{length.steps:,} steps of {cfg.batch_size} = {images:,} images = "
                    f"{length.steps / length.steps_per_epoch:.4g} epochs of {length.steps_per_epoch:,} steps"),
         ("each rank", f"{world_size()} rank(s) x {cfg.accumulate} part(s) of {micro} images, {cfg.precision}, "
