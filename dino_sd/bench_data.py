@@ -34,6 +34,7 @@ from dino_sd.data.views import ViewSpec
 from dino_sd.distributed import cores, pick_device
 from dino_sd.errors import UserError
 from dino_sd.speed import synchronize
+from dino_sd.suggestions import data_pair
 
 IMAGES = 70  # JPEGs made from the photographs
 SIZE = (500, 375)  # width and height of the average ImageNet picture
@@ -73,7 +74,7 @@ def bench_data(
     data: images; None: 500x375 JPEGs made for it. feed: images/s that are wanted. picture: file for `draw`. threads:
     cores to work on. json_only: stdout gets exactly one JSON object, the table is on stderr.
     """
-    cfg = recipe.load_config("own_images", [*pairs, "data=none" if data is None else f"data={data}"])
+    cfg = recipe.load_config("own_images", [*pairs, "data=none" if data is None else data_pair(data)])
     spec, device = build.view_spec(cfg), pick_device(cfg.device)
     with tempfile.TemporaryDirectory() as scratch, on_cores(threads):
         if data is None:

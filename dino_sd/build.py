@@ -16,7 +16,7 @@ from dino_sd.data.cache import cached, in_memory
 from dino_sd.data.joined import Joined
 from dino_sd.data.mix import Mix
 from dino_sd.data.order import steps_per_epoch
-from dino_sd.data.source import Source, labelled_often, labelled_only, open_source
+from dino_sd.data.source import Source, labelled_often, labelled_only, name_of, open_source
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import cores, local_world_size, say, world_size
 from dino_sd.errors import UserError
@@ -225,14 +225,17 @@ def open_data(cfg: Config, decoded: bool = True) -> Source:
     source = sources[0]
     if len(sources) > 1 or cfg.data.weights is not None:
         source = Joined(sources, cfg.data.weights or [1.0] * len(sources))
-    if decoded:
-        workers = max(1, cores() // local_world_size()) if cfg.workers == "auto" else cfg.workers
-        if cfg.data.cache is not None:
-            source = cached(source, cfg.data.cache, cfg.data.cache_side, workers)
-        else:
-            source = in_memory(source, cfg.data.memory, workers)
+    if cfg.views.randaugment is not None and source.dtype != torch.uint8:
+        raise UserError(
+            f"views.randaugment works on bytes, data={cfg.data} holds {name_of(source.dtype)} pixels; turn it off"
+        )
+    workers = max(1, cores() // local_world_size()) if cfg.workers == "auto" else cfg.workers
+    if decoded and cfg.data.cache is not None:
+        source = cached(source, cfg.data.cache, cfg.data.cache_side, workers)
     if cfg.labelled < 1:
         source.keep_labels(cfg.labelled, cfg.seed if cfg.labelled_seed is None else cfg.labelled_seed)
+    if decoded and cfg.data.cache is None:
+        source = in_memory(source, cfg.data.memory, workers)
     if source.labels() is None or any(term_class(name).unlabelled for name in cfg.terms):
         return labelled_often(source, cfg.oversample)
     known = labelled_only(source)

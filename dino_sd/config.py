@@ -150,10 +150,10 @@ class Data(Settings):
 
     shorthand: ClassVar[str | None] = "source"
 
-    source: Annotated[list[str], BeforeValidator(as_list), Field(min_length=1)] = Field(
+    source: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(as_list), Field(min_length=1)] = Field(
         default=["fashion-mnist-mini:train"], description="images to train on: DATA, or a list of several"
     )
-    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+    weights: list[Annotated[float, Field(gt=0, le=1000)]] | None = Field(
         default=None, description="how often an image of each of several sources comes in an epoch; null: once"
     )
     cache: str | None = Field(

@@ -84,7 +84,10 @@ def embed(
         return features_ND, labels_N
     # nccl gathers what is on the device, gloo what is on the CPU
     place = device if device.type == "cuda" else torch.device("cpu")
-    return all_gather_rows(features_ND.to(place)).cpu(), all_gather_rows(labels_N.to(place)).cpu()
+    features_ND, labels_N = all_gather_rows(features_ND.to(place)).cpu(), all_gather_rows(labels_N.to(place)).cpu()
+    if not len(labels_N):
+        raise UserError(f"data: no image of '{source.name}' can be read")
+    return features_ND, labels_N
 
 
 def pooled(features: Features, pool: Pool = "default") -> Tensor:

@@ -123,7 +123,9 @@ def class_logits(
         )
     if test.labels() is None:
         raise UserError(f"test={test.name} has no labels; evaluation needs them, e.g. one folder a class")
-    if test.classes:
+    if test.classes and model.classes and {*test.classes} <= {*model.classes}:  # the same, or some of them
+        test.name_classes(model.classes)
+    elif test.classes:
         count = getattr(model.heads["classifier"], "out_features", len(model.classes or test.classes))
         check_same_classes(f"MODEL {model.description}", model.classes or count, f"test={test.name}", test.classes)
     network = Network(model.backbone, model.heads)
@@ -156,13 +158,16 @@ def labelled_pair(model: Model, settings: EvaluatorSettings) -> tuple[Source, So
         if source.labels() is None:
             raise UserError(f"{name}={source.name} has no labels; evaluation needs them, e.g. one folder a class")
     if train.classes != test.classes and train.classes is not None and test.classes is not None:
-        if len(train.classes) != len(test.classes):
+        if {*test.classes} <= {*train.classes}:  # the same, or some of them
+            test.name_classes(train.classes)
+        elif {*test.classes} & {*train.classes} or len(train.classes) != len(test.classes):
             only = sorted({*train.classes} ^ {*test.classes})[:3]
             raise UserError(
                 f"train={train.name} has {len(train.classes)} classes, test={test.name} has {len(test.classes)}; "
                 f"not in both: {', '.join(only)}"
             )
-        say(f"warning: train and test name their {len(train.classes)} classes differently; taken as equal in order")
+        else:
+            say(f"warning: train and test name their {len(train.classes)} classes differently; taken as equal in order")
     return train, test
 
 

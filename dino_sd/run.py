@@ -99,13 +99,15 @@ class BadFiles:
 
     def __init__(self, run: Path, images: int, most: float):
         self.path, self.images, self.most = run / "bad_files.jsonl", images, most
-        self.known: dict[int, str] = {}
-        self.new: dict[int, Bad] = {}
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                with suppress(ValueError, KeyError):  # a line that a crash cut short is met again
-                    entry = json.loads(line)
-                    self.known[entry["index"]] = f"{entry['path']}: {entry['reason']}"
+        self.known: dict[str, str] = {}
+        self.new: dict[str, Bad] = {}
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short is met again
+                entry = json.loads(line)
+                self.known[entry["path"]] = entry["reason"]
+        if len(self.known) < len(lines) and is_main():  # what is appended would stand on the line that was cut
+            self.path.write_text("".join(line + "\n" for line in lines if line.endswith("}")))
 
     def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, as they come, their bad images noted."""
@@ -114,7 +116,7 @@ class BadFiles:
             yield batch
 
     def add(self, bad: Iterable[Bad]) -> None:
-        self.new |= {entry[0]: entry for entry in bad if entry[0] not in self.known}
+        self.new |= {entry[1]: entry for entry in bad if entry[1] not in self.known}
 
     def share(self) -> int:
         """Writes down what all ranks have met since the last time; returns how many there are in all.
@@ -122,17 +124,18 @@ class BadFiles:
         Every rank calls it at the same step. Raises UserError on all of them where it is too many.
         """
         for index, where, reason in gather_objects(list(self.new.values())):
-            if index in self.known:
+            if where in self.known:
                 continue
-            self.known[index] = f"{where}: {reason}"
+            self.known[where] = reason
             if is_main():
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"index": index, "path": where, "reason": reason}) + "\n")
         self.new = {}
         if len(self.known) > self.most * self.images:
+            where, reason = next(iter(self.known.items()))
             raise UserError(
                 f"data: {len(self.known)} of {self.images:,} images cannot be read, more than "
-                f"data.most_bad={self.most:g} allows; all are in {self.path}, one is {next(iter(self.known.values()))}"
+                f"data.most_bad={self.most:g} allows; all are in {self.path}, one is {where}: {reason}"
             )
         return len(self.known)
 

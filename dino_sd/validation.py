@@ -39,13 +39,18 @@ class Validation:
             where = f"evaluate.{name}={source.name}"
             if source.labels() is None:
                 raise UserError(f"{where} has no labels; use class folders")
-            if known is not None and source.classes is not None:
+            if known is not None and source.classes is not None and {*source.classes} <= {*known}:
+                source.name_classes(known)
+            elif known is not None and source.classes is not None:
                 check_same_classes(where, source.classes, f"data={cfg.data}", known)
         if "train" in names:
-            train, test = (len(self.sources[name].classes or ()) for name in ("train", "test"))
-            if train != test:
+            train, test = (self.sources[name].classes or [] for name in ("train", "test"))
+            if {*test} <= {*train}:  # the same, or some of them
+                self.sources["test"].name_classes(train)
+            elif {*test} & {*train} or len(train) != len(test):
                 raise UserError(
-                    f"evaluate.train has {train} classes, evaluate.test {test}; k-NN needs the same ones in both"
+                    f"evaluate.train has {len(train)} classes, evaluate.test {len(test)} others; k-NN needs the same "
+                    f"ones in both"
                 )
         workers = cfg.workers
         if workers == "auto":

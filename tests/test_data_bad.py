@@ -171,6 +171,86 @@ def test_only_bad_files(tiny, tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_many_bad_neighbours_are_passed_over(tmp_path: Path):
+    """A shard cut short, a folder half copied: what lies beside a bad image is often bad too."""
+    for index in range(300):
+        path = tmp_path / f"{index:03d}.png"
+        if 100 <= index < 200:
+            path.write_bytes(b"")
+        else:
+            Image.new("L", (20, 20), index % 256).save(path)
+    source = open_source(str(tmp_path), 1)
+    spec = ViewSpec((ViewGroup(1, (8, 8), (0.4, 1.0)),), channels=1)
+    views = make_views(source, spec, 0, 0, np.arange(100, 164))
+    assert not ((views.indices >= 100) & (views.indices < 200)).any() and len(set(views.indices.tolist())) > 30
+    one = make_views(source, spec, 5, 7, np.arange(130, 131))  # of any run, any epoch, alone or in a batch
+    assert one.indices[0] == views.indices[30]
+    assert (views.groups[0][:, 0, 0, 0].numpy() == views.indices % 256).all()
+
+
+def test_oversampled_bad_files_are_one_each(tiny, tmp_path: Path):
+    images = tmp_path / "images"
+    for index in range(40):
+        target = images / (f"class{index % 2}" if index < 10 else "unlabelled")
+        target.mkdir(parents=True, exist_ok=True)
+        photo(index).save(target / f"{index:02d}.jpg")
+    (images / "class1" / "03.jpg").write_bytes(b"")
+    options = {"channels": 3, "data": images, "oversample": 70, "batch_size": 20, "steps": 60}
+    train(tiny(tmp_path / "run", **options))
+    assert [line["path"] for line in lines(tmp_path / "run")] == [str(images / "class1" / "03.jpg")]
+
+
+@pytest.mark.parametrize("memory", [0, 1e9])
+def test_bad_files_and_hidden_labels(tiny, tmp_path: Path, memory: float):
+    """Which labels are kept, and what is bad, does not depend on where the images are held."""
+    images = tmp_path / "images"
+    for index in range(60):
+        target = images / f"class{index % 2}"
+        target.mkdir(parents=True, exist_ok=True)
+        photo(index, (28, 28)).save(target / f"{index:02d}.png")
+    for name in ("class1/05.png", "class0/08.png"):
+        (images / name).write_bytes(b"")
+    from dino_sd import build
+
+    cfg = tiny(tmp_path / "run", channels=3, data=images, labelled=0.2, data__memory=memory, labelled_seed=3)
+    source = build.open_data(cfg)
+    plain = open_source(str(images), 3)
+    plain.keep_labels(0.2, 3)
+    kept = source.labels().copy()
+    assert (source.stack is not None) == (memory > 0)
+    expected = plain.labels().copy()
+    if memory:
+        expected[[5, 8]] = expected[[6, 9]]
+    assert kept.tolist() == expected.tolist() and source.fingerprint() == plain.fingerprint()
+    from dino_sd.data.source import labelled_only
+
+    chosen = labelled_only(source)
+    for index, where, _ in chosen.bad:
+        assert chosen.path(index) == where
+
+
+def test_a_pipe_and_an_empty_array_are_bad_files(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.png")
+    np.save(tmp_path / "b.npy", np.zeros((0, 5), np.uint8))
+    photo(1).save(tmp_path / "c.jpg")
+    source = open_source(str(tmp_path), 3)
+    found = statistics(source)
+    assert [(index, reason) for index, _, reason in found.bad] == [
+        (0, "cannot be read (it is no ordinary file)"),
+        (1, "cannot be read as an image (holds no pixels)"),
+    ]
+
+
+def test_a_line_that_a_crash_cut_spoils_no_other(tmp_path: Path):
+    from dino_sd.run import BadFiles
+
+    (tmp_path / "bad_files.jsonl").write_text('{"index": 1, "path": "a", "reason": "x"}\n{"index": 2, "pa')
+    bad = BadFiles(tmp_path, 100, 0.5)
+    bad.add([(2, "b", "y"), (1, "a", "x"), (2, "b", "y")])
+    assert bad.share() == 2
+    assert [line["path"] for line in lines(tmp_path)] == ["a", "b"]
+
+
 def test_bad_image_survives_a_process():
     import pickle
 

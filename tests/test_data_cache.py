@@ -89,12 +89,34 @@ def test_raw_copies_in_vain(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache=.*file/x.*cannot be written"):
         cached(source, tmp_path / "file" / "x", 60)
-    monkeypatch.setattr(cache, "_CHUNK", 2)
+    monkeypatch.setattr(cache, "_ESTIMATED", 2)
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"raw copies of .* take about .* GB.*smaller data.cache_side"):
         cached(source, tmp_path / "raw", 60)
     assert not list((tmp_path / "raw").glob("*/pixels"))
+
+
+def test_two_sets_of_the_same_names_have_copies_of_their_own(tmp_path: Path):
+    for value, name in ((10, "a"), (200, "b")):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.new("RGB", (150, 140), (value, 0, 0)).save(tmp_path / name / f"{index}.png")
+    sources = [open_source(str(tmp_path / name), 3) for name in "ab"]
+    assert [int(cached(source, tmp_path / "raw", 384).image(0)[0, 0, 0]) for source in sources] == [10, 200]
+
+
+def test_damaged_copies_are_made_again(tmp_path: Path):
+    source = open_source(str(folder_of(tmp_path / "images", 6, (200, 150))), 3)
+    exact = cached(source, tmp_path / "raw", 384).image(5).clone()
+    (place,) = [path.parent for path in (tmp_path / "raw").glob("*/pixels")]
+    for damage in (
+        lambda: (place / "pixels").write_bytes(b"short"),
+        lambda: (place / "bad.json").unlink(),
+        lambda: (place / "index.safetensors").write_bytes(b""),
+    ):
+        damage()
+        assert torch.equal(cached(source, tmp_path / "raw", 384).image(5), exact)
 
 
 def test_small_images_are_read_into_memory(tmp_path: Path):

@@ -81,6 +81,12 @@ def test_colour_operations_without_colour_are_said(tiny, tmp_path: Path, capsys)
         tiny(tmp_path / "run2", channels=13, data=images, views__randaugment="[2,9]")
 
 
+def test_randaugment_is_for_bytes(tiny, tmp_path: Path):
+    images = folder_of(tmp_path / "images", 1, np.uint16, ".tif")
+    with pytest.raises(UserError, match="views.randaugment works on bytes, .* holds uint16 pixels; turn it off"):
+        train(tiny(tmp_path / "run", data=images, views__randaugment="[2,9]", batch_size=8))
+
+
 def test_the_wrong_number_of_channels_is_one_clear_line(tiny, tmp_path: Path):
     images = folder_of(tmp_path / "images", 13, np.uint8, ".npy")
     with pytest.raises(UserError, match=r"none of 16 .*holds 13 channel\(s\) where channels=4"):
@@ -157,7 +163,8 @@ def test_npy_axes_and_numbers(tmp_path: Path):
     assert np.array_equal(picture(saved(chw), "", 5).decode(1), chw)
     assert np.array_equal(picture(saved(chw.transpose(1, 2, 0)), "", 5).decode(1), chw)
     assert np.array_equal(picture(saved(chw[0]), "", 1).decode(1), chw[:1])
-    assert native_dtype(saved(chw.astype(np.int16)), "") == torch.float32
+    for wide in (np.int16, np.int32, np.uint32, np.float64):  # by their type, whatever the values are
+        assert native_dtype(saved(chw.astype(wide)), "") == torch.float32
     signed = picture(saved(-chw.astype(np.int16)), "", 5, torch.float32).decode(1)
     assert np.array_equal(signed, -chw.astype(np.float32))
     assert picture(saved(chw > 100), "", 5).decode(1).unique().tolist() == [0, 255]

@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dino_sd.config import KnnSettings, LinearSettings
@@ -128,10 +130,11 @@ def test_sources_that_do_not_fit_together_are_refused(monkeypatch, capsys):
     sources |= {"train": source_of(9), "test": source_of(4, labelled=False)}
     with pytest.raises(UserError, match="test=.* has no labels"):
         labelled_pair(model, settings)
-    sources["test"] = source_of(4, classes=("a", "b"))
-    with pytest.raises(UserError, match="3 classes.* 2; not in both: c"):
-        labelled_pair(model, settings)
-    sources["test"] = source_of(4, classes=("a", "b", "x"))
+    for others, differing in ((("a", "x"), "b, c, x"), (("a", "b", "x"), "c, x")):  # some in common: no mere renaming
+        sources["test"] = source_of(4, classes=others)
+        with pytest.raises(UserError, match=f"3 classes.* {len(others)}; not in both: {differing}"):
+            labelled_pair(model, settings)
+    sources["test"] = source_of(4, classes=("x", "y", "z"))
     labelled_pair(model, settings)
     assert "differently" in capsys.readouterr().err
 
@@ -147,3 +150,20 @@ def test_models_that_are_not_there(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="not in timm's format"):
         load_model(tmp_path)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path):
+    """A test list without one of the classes, and in another order: numbers are those of the training set."""
+    names = ["ant", "bee", "cow", "dog"]
+    for index in range(24):
+        Image.new("RGB", (32, 32), (80 * (index % 4), 240 - 80 * (index % 4), index)).save(
+            tmp_path / f"{index:02d}.png"
+        )
+    rows = [f"{index:02d}.png,{names[index % 4]}" for index in range(24)]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "test.csv").write_text("\n".join(row for row in rows if "bee" not in row))
+    settings = KnnSettings(train=str(tmp_path / "train.csv"), test=str(tmp_path / "test.csv"), k=[1], device="cpu")
+    assert evaluate_knn("pixels", settings)["results"][0]["top1"] == 100
+    (tmp_path / "other.csv").write_text("\n".join(row.replace("dog", "elk") for row in rows))
+    with pytest.raises(UserError, match="not in both: dog, elk"):
+        evaluate_knn("pixels", settings.model_copy(update={"test": str(tmp_path / "other.csv")}))

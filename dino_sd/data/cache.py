@@ -10,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
+from dino_sd.data.loader import as_it_is, fitting
 from dino_sd.data.resample import resize
-from dino_sd.data.source import Bad, BadImage, Picture, Source, name_of, short_hash
+from dino_sd.data.source import NUMPY, Bad, BadImage, Picture, Source, name_of, short_hash
+from dino_sd.distributed import local_world_size
 from dino_sd.errors import UserError
 from dino_sd.progress import progress
 
 SMALL_SIDE = 128  # pixels; of images that are cut a whole batch at a time
-_CHUNK = 64  # images that a worker decodes at a time
-_NUMPY = {torch.uint8: np.uint8, torch.uint16: np.uint16, torch.float32: np.float32}
+_CHUNK = 8  # images that a worker decodes at a time
+_ESTIMATED = 64  # images from which on it is known how much room all of them need
+_PARTS = ("pixels", "index.safetensors", "bad.json")
 
 
 class _Copy(Source):
@@ -72,7 +76,7 @@ def in_memory(source: Source, most_bytes: float, workers: int = 0) -> Source:
     """
     if source.stack is not None:
         return source
-    sizes = (_size_of(source, index) for index in range(min(len(source), _CHUNK)))
+    sizes = (_size_of(source, index) for index in range(min(len(source), _ESTIMATED)))
     size = next((size for size in sizes if size is not None), None)
     if size is None or max(size) > SMALL_SIDE:
         return source
@@ -104,7 +108,7 @@ class Cached(_Copy):
     def __init__(self, whole: Source, folder: Path, side: int):
         super().__init__(whole)
         index = load_file(folder / "index.safetensors")
-        self._sizes, self._starts = index["sizes"], index["starts"]
+        self.sizes, self._starts = index["sizes"], index["starts"]
         self._reasons = json.loads((folder / "bad.json").read_text())
         self._folder, self._side, self._pixels = folder, side, None
 
@@ -116,8 +120,8 @@ class Cached(_Copy):
             raise BadImage(self.path(index), self._reasons[str(index)])
         if self._pixels is None:
             # Copy on write: what is never written is never copied, and torch takes it without a warning.
-            self._pixels = torch.from_numpy(np.memmap(self._folder / "pixels", _NUMPY[self.dtype], mode="c"))
-        height, width = self._sizes[index].tolist()
+            self._pixels = torch.from_numpy(np.memmap(self._folder / "pixels", NUMPY[self.dtype], mode="c"))
+        height, width = self.sizes[index].tolist()
         start = int(self._starts[index])
         pixels_HWC = self._pixels[start : start + height * width * self.channels].view(height, width, self.channels)
         return Picture(height, width, lambda shrink: pixels_HWC.permute(2, 0, 1))
@@ -136,14 +140,30 @@ def cached(source: Source, folder: str | Path, side: int, workers: int = 0) -> S
     how = f"{side} {source.channels} {name_of(source.dtype)} {_dates(source.files())}"
     key = short_hash(source.fingerprint().encode(), how.encode())
     place = Path(folder).expanduser() / key
+    if (made := _whole(source, place, side)) is not None:
+        return made
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(place.with_suffix(".lock")):
-            if not place.is_dir():
+            if _whole(source, place, side) is None:
+                shutil.rmtree(place, ignore_errors=True)
                 _make(source, place, side, workers)
     except OSError as error:
+        shutil.rmtree(place.with_suffix(".making"), ignore_errors=True)  # it may be what has filled the disk
         raise UserError(f"data.cache={folder}: cannot be written ({error.strerror}); choose another folder") from None
     return Cached(source, place, side)
+
+
+def _whole(source: Source, place: Path, side: int) -> "Cached | None":
+    """The copies in a place, where they are all there."""
+    if not all((place / part).is_file() for part in _PARTS):
+        return None
+    try:
+        made = Cached(source, place, side)
+        numbers = int(made.sizes.prod(1).sum()) * source.channels
+        return made if (place / "pixels").stat().st_size == numbers * source.dtype.itemsize else None
+    except (OSError, ValueError, KeyError, SafetensorError):  # cut short, or altered: they are made again
+        return None
 
 
 def _make(source: Source, place: Path, side: int, workers: int) -> None:
@@ -160,7 +180,7 @@ def _make(source: Source, place: Path, side: int, workers: int) -> None:
             sizes[index] = torch.tensor(image.shape[1:])
             file.write(image.permute(1, 2, 0).contiguous().numpy().data)
             written += image.numel() * image.element_size()
-            if index == min(len(source), _CHUNK) - 1:
+            if index == min(len(source), _ESTIMATED) - 1:
                 need, free = written / (index + 1) * len(source), shutil.disk_usage(making).free + written
                 if need > free:
                     shutil.rmtree(making, ignore_errors=True)
@@ -228,11 +248,13 @@ def _decoded(
 ) -> Iterator[tuple[int, torch.Tensor | BadImage]]:
     """(index, image or why there is none) of all images of a source, in order."""
     index, images = 0, _Decode(source, side)
+    item_bytes = _CHUNK * 2 * (side or SMALL_SIDE) ** 2 * source.channels * source.dtype.itemsize
+    workers = fitting(min(workers, len(images) // 8), item_bytes, local_world_size())
     loader = DataLoader(
         images,
         batch_size=None,
-        num_workers=min(workers, len(images) // 8),
-        collate_fn=_as_it_is,
+        num_workers=workers,
+        collate_fn=as_it_is,
         generator=torch.Generator(),
     )
     with progress(label) as show:
@@ -241,7 +263,3 @@ def _decoded(
                 yield index, image
                 index += 1
             show(index, len(source))
-
-
-def _as_it_is(made):
-    return made

@@ -16,7 +16,7 @@ import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from dino_sd.data.source import BadImage, Picture
+from dino_sd.data.source import NUMPY, BadImage, Picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
 DEEP_EXTENSIONS = (b".png", b".tif", b".tiff", b".npy")  # of formats that can hold more than bytes
@@ -26,7 +26,6 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _EXIF_WITHIN = 2**16  # bytes from the beginning of a JPEG
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601-2, as in Pillow
-_NUMPY = {torch.uint8: np.uint8, torch.uint16: np.uint16, torch.float32: np.float32}
 
 
 def picture(data: bytes, where: str, channels: int, dtype: torch.dtype = torch.uint8) -> Picture:
@@ -66,8 +65,7 @@ def picture(data: bytes, where: str, channels: int, dtype: torch.dtype = torch.u
                 min_height=-(-height // shrink),
                 min_width=-(-width // shrink),
             )
-            pixels_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[:channels]
-            pixels_CHW = pixels_CHW if orientation == 1 else upright(pixels_CHW, orientation)
+            pixels_CHW = torch.from_numpy(upright(pixels_HWC.transpose(2, 0, 1), orientation))[:channels]
             return pixels_CHW if dtype == torch.uint8 else torch.from_numpy(_scaled(pixels_CHW.numpy(), dtype))
 
     return Picture(tall, wide, decode)
@@ -94,12 +92,14 @@ def sample_count(data: bytes, where: str) -> tuple[int, str]:
         return len(pixels_CHW), str(pixels_CHW.dtype)
 
 
-def upright(pixels_CHW: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Undoes an EXIF orientation of 1 to 8."""
+def upright(pixels_CHW: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes an EXIF orientation of 1 to 8; others leave the pixels where they are."""
+    flipped = {2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
+    if flipped is None:
+        return pixels_CHW
     if orientation in _SIDEWAYS:
-        pixels_CHW = pixels_CHW.transpose(1, 2)
-    flipped = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    return pixels_CHW.flip(flipped).contiguous() if flipped else pixels_CHW.contiguous()
+        pixels_CHW = pixels_CHW.swapaxes(1, 2)
+    return np.ascontiguousarray(np.flip(pixels_CHW, flipped))
 
 
 @contextmanager
@@ -116,8 +116,10 @@ def _readable(where: str) -> Iterator[None]:
         raise BadImage(where, f"cannot be read as an image ({reason})") from error
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MOST_PIXELS:
+def _check_size(height: int, width: int, samples: int = 1) -> None:
+    if not height * width * samples:
+        raise ValueError("holds no pixels")
+    if height * width > MOST_PIXELS or height * width * samples > 4 * MOST_PIXELS:
         raise ValueError(f"{height}x{width} is more than {MOST_PIXELS:,} pixels: a decompression bomb, or to be cut up")
 
 
@@ -129,7 +131,8 @@ def _native(data: bytes, channels: int | None) -> np.ndarray:
         from torchvision.io import ImageReadMode, decode_png  # costs two seconds, which most runs need not spend
 
         _check_size(int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big"))
-        return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+        pixels = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+        return upright(pixels, Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1))
     if data.startswith(_TIFF):
         return _from_tiff(data, channels)
     return _from_pillow(data, channels)
@@ -171,9 +174,13 @@ def _from_tiff(data: bytes, channels: int | None) -> np.ndarray:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
         assert isinstance(page, tifffile.TiffPage)
-        _check_size(page.imagelength, page.imagewidth)
         if len(file.pages) > 1 and page.samplesperpixel == 1 and len(file.pages) == channels:
+            shapes = {one.shape for one in file.pages}
+            if shapes != {page.shape}:
+                raise ValueError(f"its {channels} pages are not of one size")
+            _check_size(page.imagelength, page.imagewidth, len(file.pages))
             return _plain_numbers(np.stack([one.asarray() for one in file.pages]))
+        _check_size(page.imagelength, page.imagewidth, page.samplesperpixel * page.imagedepth)
         pixels = page.asarray()
         pixels = pixels.reshape(page.shaped[-4:][0] if pixels.ndim > 3 else pixels.shape)
         if pixels.ndim == 2:
@@ -193,7 +200,7 @@ def _from_npy(data: bytes, channels: int | None) -> np.ndarray:
     else:
         last = pixels.shape[2] == channels or (pixels.shape[0] != channels and pixels.shape[2] <= pixels.shape[0])
         pixels = pixels.transpose(2, 0, 1) if last else pixels
-    _check_size(*pixels.shape[1:])
+    _check_size(pixels.shape[1], pixels.shape[2], len(pixels))
     return _plain_numbers(pixels)
 
 
@@ -203,13 +210,6 @@ def _plain_numbers(pixels: np.ndarray) -> np.ndarray:
         return pixels.astype(np.uint8) * 255
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         return pixels.astype(pixels.dtype.newbyteorder("="))
-    if (
-        pixels.dtype.kind == "i"
-        and pixels.dtype.itemsize == 4
-        and pixels.size
-        and 0 <= pixels.min() <= pixels.max() < 2**16
-    ):
-        return pixels.astype(np.uint16)  # Pillow's mode I, which holds 16 bits
     if pixels.dtype.kind not in "iuf":
         raise ValueError(f"pixels of type {pixels.dtype}; expected whole or floating-point numbers")
     pixels = pixels.astype(np.float32)
@@ -236,7 +236,7 @@ def as_asked(pixels_CHW: np.ndarray, channels: int, dtype: torch.dtype) -> np.nd
 
 
 def _scaled(pixels: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    wanted = _NUMPY[dtype]
+    wanted = NUMPY[dtype]
     if pixels.dtype == wanted:
         return np.ascontiguousarray(pixels)
     if pixels.dtype == np.float32:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dino_sd.data.loader import as_it_is, fitting
 from dino_sd.data.resample import resize
 from dino_sd.data.source import Bad, BadImage, Source
 from dino_sd.distributed import say
@@ -67,24 +68,21 @@ def eval_batches(
         yield from (_from_stack(source, chunk) for chunk in chunks)
         return
     bad: list[Bad] = []
+    workers = fitting(workers, batch_size * source.channels * size[0] * size[1] * source.dtype.itemsize, world_size)
     maker = _EvalBatches(EvalSet(source, size, crop), chunks)
     for images, labels_B, indices_B, unreadable in DataLoader(
-        maker, batch_size=None, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator()
+        maker, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator()
     ):
         bad += unreadable
         if len(indices_B):
             yield images, labels_B, indices_B
     if bad:
         _, where, reason = bad[0]
-        if len(bad) == len(share):
+        if len(bad) == len(share) and world_size == 1:  # of several ranks, others may have seen some
             raise UserError(f"data: no image of '{source.name}' can be read; the first, {where}: {reason}")
         say(
             f"warning: {len(bad)} image(s) of '{source.name}' left out, as they cannot be read: {where} ({reason}), ..."
         )
-
-
-def _as_it_is(made):
-    return made
 
 
 def _from_stack(source: Source, chunk: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

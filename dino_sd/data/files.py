@@ -2,6 +2,7 @@
 
 import glob
 import os
+import stat
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,12 +17,11 @@ from dino_sd.errors import UserError
 from dino_sd.shapes import NO_LABEL
 
 IMAGE_EXTENSIONS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
-LARGEST_FILE = 2**31  # bytes of an image in an archive; more is taken for an attack, or a mistake
-_SETTLED = 2_000_000_000  # ns; a file changed later than this before it was read may have changed after it in one tick
+LARGEST_FILE = 2**31  # bytes of an image; more is taken for an attack, or a mistake
+SETTLED = 2_000_000_000  # ns; a file changed later than this before it was read may have changed after it in one tick
 _SHALLOW_EXTENSIONS = tuple(extension for extension in IMAGE_EXTENSIONS if extension not in DEEP_EXTENSIONS)
 _MOST_OPEN = 64  # archives at a time and process: a thousand files are all that many systems allow
 _PROBED = 16
-_DATED = 10_000  # files whose times are looked at
 _DTYPES = (torch.uint8, torch.uint16, torch.float32)
 _UNLABELLED = (b"unlabelled", b"unlabeled")
 _NO_NAMES = {"", str(NO_LABEL)}
@@ -62,7 +62,7 @@ class FileSource(Source):
         return os.path.join(self._root, os.fsdecode(self._names[index]))
 
     def files(self) -> list[str]:
-        return [self.path(index) for index in range(0, len(self), -(-len(self) // _DATED))]
+        return [self.path(index) for index in range(len(self))]
 
     def picture(self, index: int) -> Picture:
         return picture(self.encoded(index), self.path(index), self.channels, self.dtype)
@@ -95,6 +95,19 @@ class FileSource(Source):
     def fingerprint(self) -> str:
         labels = b"" if self._labels is None else self._labels.tobytes()
         return short_hash(self._names.hash(), labels)
+
+
+def read_file(path: str) -> bytes:
+    """All of an ordinary file. Raises OSError or ValueError where it is none, or too large for an image."""
+    # A pipe without a writer would be waited for without end.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("it is no ordinary file")
+        if state.st_size > LARGEST_FILE:
+            raise ValueError(f"{state.st_size:,} bytes are more than {LARGEST_FILE:,}")
+        return file.read()
 
 
 class _Descriptor:
@@ -199,8 +212,10 @@ def labels_of_names(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] 
     classes = sorted(set(names) - _NO_NAMES)
     if not classes:
         return None, None
-    if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)
+    if all(name.isdecimal() for name in classes):  # 07 is 7
+        number_of = {name: str(int(name)) for name in classes}
+        names = [number_of.get(name, "") for name in names]
+        classes = sorted(set(number_of.values()), key=int)
     label_of = {name: label for label, name in enumerate(classes)} | dict.fromkeys(_NO_NAMES, NO_LABEL)
     return np.array([label_of[name] for name in names], dtype=np.int64), classes
 
@@ -270,7 +285,7 @@ def index_of_files(kind: str, paths: Sequence[str], build: Callable[[], Index]) 
     """`indexed`, for an index that these files alone decide: it is built again when one of them has changed."""
 
     def stamped() -> Index:
-        began = time.time_ns() - _SETTLED
+        began = time.time_ns() - SETTLED
         stamps = stamp(paths)  # first: a change while the index is built is noticed the next time
         return {**build(), "stamps": stamps, "began": torch.tensor([began])}
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dino_sd.data.draws import RANDAUGMENT, boxes, center_box, draw, flips, rows
+from dino_sd.data.philox import uniforms
 from dino_sd.data.randaugment import randaugment_
 from dino_sd.data.resample import resample_stack, resize
 from dino_sd.data.source import Bad, BadImage, Picture, Source
@@ -16,7 +17,9 @@ from dino_sd.errors import UserError
 # The batched path tabulates its weights over all crop lengths; for longer sides the table stops paying.
 _LONGEST_STACK_SIDE = 128
 _SHRINKS = (8, 4, 2)  # what the JPEG format can decode at
-_MOST_IN_A_ROW = 64  # images that cannot be read, until it is the whole set that cannot
+_AT_ONCE = 8  # images that are held decoded; more would be faster by little
+_NEIGHBOURS, _MOST_ATTEMPTS = 4, 64  # stand-ins that are tried: the next ones, and all
+_STAND_INS = 0x57A4D1  # in place of the seed: a stand-in is the same in every run
 
 
 class Views(NamedTuple):
@@ -39,15 +42,15 @@ def make_views(
     """All views of some images: a pure function of the arguments, and of which images can be read.
 
     images_B: index + n * len(source) stands for an image that comes for the n-th time again, with views of its own. In
-    place of an image that cannot be read comes the next one that can, in the views of that place. stack: the source's,
-    on the device where the crops are wanted. Raises UserError where many images in a row cannot be read.
+    place of an image that cannot be read comes another, as in `stand_in`, in the views of that place. stack: the
+    source's, on the device where the crops are wanted. Raises UserError where dozens of these cannot be read either.
     """
     u_VBn = draw(spec, seed, epoch, images_B)
     flips_VB = flips(u_VBn, spec)
     rows_VBR = torch.from_numpy(rows(u_VBn, spec))
     indices_B, bad = images_B % len(source), []
     stack = source.stack if stack is None else stack
-    if stack is not None and stack.dtype == torch.uint8 and max(stack.shape[-2:]) <= _LONGEST_STACK_SIDE:
+    if stack is not None and cuts_at_once(stack):
         crops = _cut_from_stack(stack, spec, indices_B, u_VBn, flips_VB)
     else:
         crops, indices_B, bad = _cut_one_by_one(source, spec, indices_B, u_VBn, flips_VB)
@@ -57,6 +60,11 @@ def make_views(
             if group.center is None:
                 randaugment_(crops_NCHW, u_VBn[views, :, RANDAUGMENT].reshape(-1), *spec.randaugment)
     return Views(crops, [rows_VBR[views].flatten(0, 1) for views in views_of_groups], indices_B, bad)
+
+
+def cuts_at_once(stack: torch.Tensor) -> bool:
+    """Whether crops of these images are cut a whole batch at a time."""
+    return stack.dtype == torch.uint8 and max(stack.shape[-2:]) <= _LONGEST_STACK_SIDE
 
 
 def _group_slices(spec: ViewSpec) -> list[slice]:
@@ -92,24 +100,38 @@ def _cut_one_by_one(
         for group in spec.groups
     ]
     seen_B, bad, places = indices_B.copy(), [], list(range(len(indices_B)))
-    for _ in range(min(len(source), _MOST_IN_A_ROW)):
-        pictures, failed = {}, []
-        for place in places:
-            try:
-                pictures[place] = source.picture(int(seen_B[place]))
-            except BadImage as error:
-                failed.append((place, error))
-        failed += _cut_pictures(pictures, spec, u_VBn, flips_VB, crops)
+    attempts = min(len(source), _MOST_ATTEMPTS)
+    for attempt in range(1, attempts + 1):
+        failed: list[tuple[int, BadImage]] = []
+        for start in range(0, len(places), _AT_ONCE):
+            pictures = {}
+            for place in places[start : start + _AT_ONCE]:
+                try:
+                    pictures[place] = source.picture(int(seen_B[place]))
+                except BadImage as error:
+                    failed.append((place, error))
+            failed += _cut_pictures(pictures, spec, u_VBn, flips_VB, crops)
         for place, error in failed:
             bad.append((int(seen_B[place]), error.where, error.reason))
-            seen_B[place] = (seen_B[place] + 1) % len(source)
+            seen_B[place] = stand_in(int(indices_B[place]), attempt, len(source))
         places = [place for place, _ in failed]
         if not places:
             return [crop.flatten(0, 1) for crop in crops], seen_B, bad
     raise UserError(
-        f"data: {min(len(source), _MOST_IN_A_ROW)} images of '{source.name}' in a row cannot be read, among them "
+        f"data: {attempts} images of '{source.name}', one after the other, cannot be read, among them "
         f"{bad[0][1]}: {bad[0][2]}"
     )
+
+
+def stand_in(index: int, attempt: int, count: int) -> int:
+    """The image of `count` that is tried in place of one that cannot be read: the next ones, then any.
+
+    Bad ones often lie together (a folder copied by half, a shard cut short): soon one is looked for elsewhere, in a
+    place that depends on the two numbers alone.
+    """
+    if attempt <= _NEIGHBOURS or count <= _MOST_ATTEMPTS:
+        return (index + attempt) % count
+    return int(uniforms(_STAND_INS, attempt, np.array([index]), 0, 1)[0, 0] * count)
 
 
 def _cut_pictures(

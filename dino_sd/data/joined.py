@@ -34,11 +34,6 @@ class Joined(Source):
             self.stack = torch.cat(stacks)
             for source in sources:  # what is not held twice
                 source.stack = None
-        self.bad = tuple(
-            (index + int(end) - len(source), where, reason)
-            for source, end in zip(sources, self._ends, strict=True)
-            for index, where, reason in source.bad
-        )
 
     def _join_labels(self) -> None:
         named: list[str] = []
@@ -46,15 +41,12 @@ class Joined(Source):
             named += [name for name in source.classes or () if name not in named]
         if not named:
             return
-        self.classes, place = named, {name: label for label, name in enumerate(named)}
         parts = []
         for source in self._sources:
+            source.name_classes(named)
             labels_N = source.labels()
-            if labels_N is None or source.classes is None:
-                parts.append(np.full(len(source), NO_LABEL))
-            else:  # the last entry is what NO_LABEL, -1, finds
-                parts.append(np.array([*(place[name] for name in source.classes), NO_LABEL])[labels_N])
-        self._labels = np.concatenate(parts).astype(np.int64)
+            parts.append(np.full(len(source), NO_LABEL) if labels_N is None else labels_N)
+        self.classes, self._labels = named, np.concatenate(parts).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1])

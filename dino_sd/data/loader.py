@@ -5,12 +5,13 @@ import shutil
 import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dino_sd.data.geometry import make_views
+from dino_sd.data.geometry import cuts_at_once, make_views
 from dino_sd.data.order import step_indices, steps_per_epoch
 from dino_sd.data.source import Bad, Source
 from dino_sd.data.views import ViewSpec
@@ -77,7 +78,8 @@ class Batches:
         self._steps, self._accumulate = range(start_step, total_steps), accumulate
         self._workers, self._pin_memory = workers, device.type == "cuda" and source.stack is None
         # Workers would hold a copy each, and cannot reach the device.
-        stack = None if workers or source.stack is None else source.stack.to(device)
+        cut_at_once = not workers and source.stack is not None and cuts_at_once(source.stack)
+        stack = source.stack.to(device) if cut_at_once and source.stack is not None else None
         self._maker = _BatchMaker(source, spec, seed, batch_size, batch_size // parts, rank, world_size, stack)
 
     def __len__(self) -> int:
@@ -165,31 +167,43 @@ def auto_workers(device_type: str, local_world_size: int, in_memory: bool) -> in
     return max(1, min(cores_per_rank, _MOST_WORKERS))
 
 
+def as_it_is(made: Any) -> Any:
+    """For a DataLoader whose items are batches already: it would make lists of tuples and tensors of numbers."""
+    return made
+
+
+def fitting(workers: int, item_bytes: float, ranks: int = 1) -> int:
+    """So many workers, or as many as /dev/shm has room for, where items on their way from a worker lie.
+
+    Containers often keep it at 64 MB; when it is full, a worker dies of a bus error. ranks: that share it.
+    """
+    free = _shared_memory()
+    if free is None:
+        return workers
+    return max(0, min(workers, int(free / max(1, ranks) / max(item_bytes, 1) - 1) // _PREFETCH))
+
+
 def pick_workers(
     asked: int | str, device_type: str, local_world_size: int, source: Source, spec: ViewSpec, images: int
 ) -> int:
     """Loader processes of a rank: as many as asked for, or `auto_workers`, or fewer where shared memory is too small.
 
-    images: in a micro-batch. Batches on their way from a worker lie in /dev/shm, which containers often keep at 64 MB;
-    when it is full, a worker dies of a bus error. Raises UserError where the number asked for does not fit.
+    images: in a micro-batch. Raises UserError where the number asked for does not fit.
     """
     workers = auto_workers(device_type, local_world_size, source.stack is not None) if asked == "auto" else int(asked)
     pixels = sum(group.count * group.size[0] * group.size[1] for group in spec.groups) * spec.channels
     batch_bytes = images * pixels * source.dtype.itemsize
-    free = _shared_memory()
-    if free is None or workers == 0:
-        return workers
-    fitting = int(free / max(1, local_world_size) / batch_bytes - 1) // _PREFETCH
-    if fitting >= workers:
+    room = fitting(workers, batch_bytes, local_world_size)
+    if room == workers:
         return workers
     problem = (
-        f"/dev/shm has {free / 2**20:,.0f} MiB free, too little for workers={workers} with batches of "
-        f"{batch_bytes / 2**20:,.0f} MiB; enlarge it (docker run --shm-size=8g)"
+        f"/dev/shm has {(_shared_memory() or 0) / 2**20:,.0f} MiB free, too little for workers={workers} with "
+        f"batches of {batch_bytes / 2**20:,.0f} MiB; enlarge it (docker run --shm-size=8g)"
     )
     if asked != "auto":
-        raise UserError(f"{problem} or set workers={max(0, fitting)}")
-    say(f"warning: {problem}; going on with workers={max(0, fitting)}")
-    return max(0, fitting)
+        raise UserError(f"{problem} or set workers={room}")
+    say(f"warning: {problem}; going on with workers={room}")
+    return room
 
 
 def _shared_memory() -> int | None:

@@ -11,14 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_sd.data.decode import picture, sample_count
 from dino_sd.data.files import FileSource
+from dino_sd.data.loader import as_it_is
 from dino_sd.data.source import WHITE, Bad, BadImage, Source, StackSource, name_of, open_source
-from dino_sd.data.statistics import evenly, moments_of
+from dino_sd.data.statistics import enough, evenly, moments_of
 from dino_sd.progress import progress
 
 THUMBNAIL = (8, 9)  # height, width: 64 differences between neighbours
 _PROBED = 16
 _CHUNK = 32  # images that a worker looks at at a time
-_SIDE = 64  # as in `statistics`: an image is decoded at half its size where that leaves as many pixels
 
 
 def look_type(channels: int) -> np.dtype:
@@ -40,7 +40,7 @@ def look(source: Source, indices_n: np.ndarray, workers: int) -> tuple[np.ndarra
         _Chunks(source, indices_n),
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         generator=torch.Generator(),
     )
     looks, bad, done = [np.empty(0, look_type(source.channels))], [], 0
@@ -70,10 +70,6 @@ class _Chunks(Dataset):
         return np.array(looks, look_type(self.source.channels)), bad
 
 
-def _as_it_is(made):
-    return made
-
-
 def _look_at(source: Source, index: int) -> tuple:
     """The fields of `look_type`. Raises BadImage."""
     if isinstance(source, FileSource):
@@ -82,7 +78,7 @@ def _look_at(source: Source, index: int) -> tuple:
         seen = picture(data, where, source.channels, source.dtype)
     else:
         data, where, seen = b"", "", source.picture(index)
-    image_CHW = seen.decode(2 if data and min(seen.height, seen.width) >= 2 * _SIDE else 1)
+    image_CHW = seen.decode(enough(seen))
     # A set of one image has that image's moments.
     moments_4C = moments_of(StackSource("", image_CHW[None], None, None), 0).numpy()
     gray_HW = image_CHW.float().mean(0).div_(WHITE[source.dtype])

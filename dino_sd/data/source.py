@@ -14,6 +14,7 @@ import torch
 from dino_sd.errors import UserError
 from dino_sd.shapes import NO_LABEL
 
+NUMPY = {torch.uint8: np.uint8, torch.uint16: np.uint16, torch.float32: np.float32}  # what pixels may be
 WHITE = {torch.uint8: 255.0, torch.uint16: 65535.0, torch.float32: 1.0}  # what stands for 1 in a source's pixels
 Bad = tuple[int, str, str]  # index, where, reason of an image that cannot be read
 # Added to a class in the key of its generator: no epoch gets there, so no epoch's order (data/order.py) is related.
@@ -106,6 +107,16 @@ class Source(ABC):
         labels_N = self.labels()
         return None if labels_N is None or labels_N[index] == NO_LABEL else int(labels_N[index])
 
+    def name_classes(self, names: list[str]) -> None:
+        """Numbers the labels by these names, which hold all of the source's. Raises UserError where one is missing."""
+        if self.classes is None or self._labels is None or self.classes == names:
+            return
+        if missing := [name for name in self.classes if name not in names]:
+            raise UserError(f"data: '{self.name}' has the class '{missing[0]}', which is not among {len(names)} others")
+        place = {name: label for label, name in enumerate(names)}  # the last entry is what NO_LABEL, -1, finds
+        self._labels = np.array([*(place[name] for name in self.classes), NO_LABEL])[self._labels].astype(np.int64)
+        self.classes = list(names)
+
     def keep_labels(self, share: float, seed: int) -> None:
         """Hides labels, until only `share` of those of each class are left: rounded, at least one.
 
@@ -152,7 +163,10 @@ class Chosen(Source):
 
     def __init__(self, whole: Source, chosen_n: np.ndarray):
         self.name, self.channels, self.classes = whole.name, whole.channels, whole.classes
-        self.dtype, self.bad = whole.dtype, whole.bad
+        self.dtype = whole.dtype
+        if whole.bad:
+            place_of = {int(index): place for place, index in reversed(list(enumerate(chosen_n)))}
+            self.bad = tuple((place_of[bad[0]], *bad[1:]) for bad in whole.bad if bad[0] in place_of)
         self.stack = None if whole.stack is None else whole.stack[torch.from_numpy(chosen_n)]
         labels_N = whole.labels()
         self._labels = None if labels_N is None else labels_N[chosen_n]

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dino_sd.data.source import WHITE, Bad, BadImage, Source
+from dino_sd.data.source import WHITE, Bad, BadImage, Picture, Source
 from dino_sd.errors import UserError
+from dino_sd.progress import progress
 
 _MOST_FILES = 2_000
-_SIDE = 64  # the mean does not need more pixels of an image than this
+_SIDE = 224  # pixels of the shorter side that are enough: crops are hardly larger
 _SMALLEST_STD = 1e-3  # of flat images, as a share of the range; keeps normalising finite
 
 
@@ -33,11 +34,14 @@ def statistics(source: Source, limit: int = 10_000) -> Statistics:
     Deterministic. Every image counts the same, whatever its size. Raises UserError where no image can be read.
     """
     moments, bad = [], []
-    for index in evenly(len(source), limit if source.stack is not None else min(limit, _MOST_FILES)).tolist():
-        try:
-            moments.append(moments_of(source, index))
-        except BadImage as error:
-            bad.append((index, error.where, error.reason))
+    chosen = evenly(len(source), limit if source.stack is not None else min(limit, _MOST_FILES)).tolist()
+    with progress("mean and standard deviation") as show:
+        for done, index in enumerate(chosen, start=1):
+            try:
+                moments.append(moments_of(source, index))
+            except BadImage as error:
+                bad.append((index, error.where, error.reason))
+            show(done, len(chosen))
     if not moments:
         _, where, reason = bad[0]
         raise UserError(f"data: none of {len(bad)} images of '{source.name}' can be read; the first, {where}: {reason}")
@@ -59,13 +63,17 @@ def evenly(count: int, limit: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64)
 
 
+def enough(picture: Picture) -> int:
+    """How much smaller an image may be decoded that is only looked at; large ones at a fraction of the cost."""
+    return next((shrink for shrink in (8, 4, 2) if min(picture.height, picture.width) >= shrink * _SIDE), 1)
+
+
 def moments_of(source: Source, index: int) -> torch.Tensor:
     """Mean, mean square, smallest and largest value of each channel: float64 (4, C), in units in which WHITE is 1."""
     if source.stack is not None:
         image_CHW = source.stack[index]
     else:
         picture = source.picture(index)
-        # At half its size the image keeps its mean, and nearly its variance, at a fraction of the decoding.
-        image_CHW = picture.decode(2 if min(picture.height, picture.width) >= 2 * _SIDE else 1)
+        image_CHW = picture.decode(enough(picture))
     pixels_CP = image_CHW.flatten(1).double().div_(WHITE[source.dtype])
     return torch.stack([pixels_CP.mean(1), pixels_CP.square().mean(1), pixels_CP.amin(1), pixels_CP.amax(1)])

@@ -22,7 +22,8 @@ _INDICES = ("_indices_files", "_indices_data_files")  # of newer and of older ve
 def open(spec: str, channels: int) -> "ArrowSource | None":
     folder = os.path.abspath(os.path.expanduser(spec))
     if os.path.isfile(os.path.join(folder, "dataset_dict.json")):
-        splits = _json(folder, "dataset_dict.json").get("splits") or ["train"]
+        splits = _json(folder, "dataset_dict.json").get("splits")
+        splits = [str(split) for split in splits] if isinstance(splits, list) and splits else ["train"]
         raise UserError(
             f"data: '{spec}' holds the splits {', '.join(splits)}; name one, as {spec.rstrip('/')}/{splits[0]}"
         )
@@ -36,7 +37,7 @@ def open(spec: str, channels: int) -> "ArrowSource | None":
     mappings = [path for key in _INDICES for path in _files(folder, state, key)]
     if not paths:
         raise UserError(f"data: '{spec}' names no data files in its state.json; save the set again")
-    columns = choose_columns(_table(paths[0]).schema, _json(folder, "dataset_info.json").get("features") or {}, spec)
+    columns = choose_columns(_table(paths[0]).schema, _features(folder), spec)
     index = index_of_files("arrow", [*paths, *mappings], lambda: _index(paths, mappings, columns))
     return ArrowSource(spec, channels, paths, columns, index) if len(index["places"]) else None
 
@@ -62,7 +63,10 @@ class ArrowSource(TableSource):
 def _index(paths: list[str], mappings: list[str], columns: Columns) -> Index:
     chosen = None
     if mappings:
-        chosen = np.concatenate([_table(path).column("indices").to_numpy() for path in mappings]).astype(np.int64)
+        tables = [_table(path) for path in mappings]
+        if any(table.column_names != ["indices"] for table in tables):
+            raise UserError(f"data: '{mappings[0]}' holds no indices; save the set again")
+        chosen = np.concatenate([table.column("indices").to_numpy() for table in tables]).astype(np.int64)
     return index_of_tables(paths, (_table(path) for path in paths), columns, chosen)
 
 
@@ -84,6 +88,11 @@ def _table(path: str) -> "pa.Table":
         raise UserError(f"data: '{path}' is not a whole Arrow stream ({reason}); save the set again") from error
 
 
+def _features(folder: str) -> dict:
+    features = _json(folder, "dataset_info.json").get("features")
+    return features if isinstance(features, dict) else {}
+
+
 def _json(folder: str, name: str) -> dict:
     try:
         found = json.loads((Path(folder) / name).read_bytes())
@@ -94,4 +103,7 @@ def _json(folder: str, name: str) -> dict:
 
 def _files(folder: str, state: dict, key: str) -> list[str]:
     """The files that a list in state.json names; they lie in the folder, whatever path they once had."""
-    return [os.path.join(folder, os.path.basename(file["filename"])) for file in state.get(key) or []]
+    try:
+        return [os.path.join(folder, os.path.basename(file["filename"])) for file in state.get(key) or []]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"data: 'state.json' in '{folder}' names no files ({error}); save the set again") from error

@@ -6,13 +6,22 @@ import time
 import torch
 
 from dino_sd.data.decode import EXTENSIONS
-from dino_sd.data.files import FileSource, by_name, labels_of_folders, stamp
+from dino_sd.data.files import (
+    IMAGE_EXTENSIONS,
+    SETTLED,
+    FileSource,
+    by_name,
+    labels_from_index,
+    labels_of_folders,
+    labels_to_index,
+    read_file,
+    stamp,
+)
 from dino_sd.data.index import Index, Strings, indexed
 from dino_sd.data.source import short_hash
 from dino_sd.errors import UserError
 
 FORM = f"a folder of images at any depth ({' '.join(EXTENSIONS)}, in any case)"
-_SETTLED = 2.0  # seconds; a folder changed later than this before a walk may have changed after it in the same tick
 
 
 def open(spec: str, channels: int) -> "FolderSource | None":
@@ -20,20 +29,17 @@ def open(spec: str, channels: int) -> "FolderSource | None":
     if not os.path.isdir(root):
         return None
     index = indexed(f"folder {root}", lambda: _walk(root), lambda index: _unchanged(root, index))
-    names = Strings.from_index(index, "names")
-    return FolderSource(spec, root, channels, names) if len(names) else None
+    return FolderSource(spec, root, channels, index) if len(index["names_ends"]) else None
 
 
 class FolderSource(FileSource):
     """All images below a folder, ordered by (file name, path), with labels as in `labels_of_folders`."""
 
-    def __init__(self, name: str, root: str, channels: int, names: Strings):
-        labels_N, classes = labels_of_folders([names[i] for i in range(len(names))])
-        super().__init__(name, channels, names, labels_N, classes, root)
+    def __init__(self, name: str, root: str, channels: int, index: Index):
+        super().__init__(name, channels, Strings.from_index(index, "names"), *labels_from_index(index), root)
 
     def read(self, index: int) -> bytes:
-        with os.fdopen(os.open(self.path(index), os.O_RDONLY), "rb") as file:
-            return file.read()
+        return read_file(self.path(index))
 
     def fingerprint(self) -> str:
         # The names say all about the labels, unless some are hidden.
@@ -49,9 +55,11 @@ def _unchanged(root: str, index: Index) -> bool:
 
 
 def _walk(root: str) -> Index:
-    """Names of all images below root and relative to it, sorted; and the folders seen. Hidden ones are left out."""
-    extensions = tuple(os.fsencode(extension) for extension in EXTENSIONS)
-    began = time.time_ns() - int(_SETTLED * 1e9)
+    """Names of all images below root and relative to it, sorted, and their labels; and the folders seen.
+
+    Hidden files and folders are left out.
+    """
+    began = time.time_ns() - SETTLED
     names: list[bytes] = []
     folders: list[bytes] = []
     # Links are followed. A folder that is its own ancestor is a loop and is left; a folder seen twice is not.
@@ -73,10 +81,11 @@ def _walk(root: str) -> Index:
                 continue
             if entry.is_dir():
                 pending.append((prefix + entry.name + b"/", ancestors | {identity}))
-            elif entry.name.lower().endswith(extensions):
+            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 names.append(prefix + entry.name)
     stamps = stamp([os.path.join(os.fsencode(root), folder) for folder in folders])
+    names = by_name(names)
     return {
-        **Strings.of(by_name(names)).to_index("names"), **Strings.of(folders).to_index("folders"),
-        "stamps": stamps, "began": torch.tensor([began]),
+        **Strings.of(names).to_index("names"), **labels_to_index(*labels_of_folders(names)),
+        **Strings.of(folders).to_index("folders"), "stamps": stamps, "began": torch.tensor([began]),
     }  # fmt: skip

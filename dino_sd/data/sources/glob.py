@@ -2,9 +2,8 @@
 
 import glob
 import os
-from pathlib import Path
 
-from dino_sd.data.files import IMAGE_EXTENSIONS, FileSource, by_name, labels_of_folders
+from dino_sd.data.files import IMAGE_EXTENSIONS, FileSource, by_name, labels_of_folders, read_file
 from dino_sd.data.index import Strings
 
 FORM = "a pattern with *, ?, [...] or ** that image files match, in quotes"
@@ -17,6 +16,8 @@ def open(spec: str, channels: int) -> "GlobSource | None":
     parts = pattern.split("/")
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     root = os.path.abspath("/".join([*parts[:fixed], ""]) or ".")
+    if not os.path.isdir(root):
+        return None
     names = _matches("/".join(parts[fixed:]), root)
     return GlobSource(spec, root, channels, by_name(names)) if names else None
 
@@ -29,7 +30,7 @@ class GlobSource(FileSource):
         super().__init__(name, channels, Strings.of(names), *labels_of_folders(names), root)
 
     def read(self, index: int) -> bytes:
-        return Path(self.path(index)).read_bytes()
+        return read_file(self.path(index))
 
 
 def _matches(pattern: str, root: str) -> list[bytes]:

@@ -14,6 +14,7 @@ from dino_sd.data.files import (
     labels_of_names,
     labels_to_index,
     order_by_name,
+    read_file,
 )
 from dino_sd.data.index import Index, Strings
 from dino_sd.errors import UserError
@@ -46,7 +47,7 @@ class ListSource(FileSource):
         super().__init__(name, channels, Strings.from_index(index, "names"), *labels_from_index(index), root)
 
     def read(self, index: int) -> bytes:
-        return Path(self.path(index)).read_bytes()
+        return read_file(self.path(index))
 
 
 def _index(path: str) -> Index:

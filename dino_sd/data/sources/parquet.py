@@ -98,11 +98,14 @@ def _tables(paths: list[str], columns: Columns) -> "Iterator[pa.Table]":
 
     wanted = [f"{columns.image}.path"] if columns.has_paths else []
     wanted += [columns.label] if columns.label is not None else []
+    first: dict = {}
     for path in paths:
         try:
             file = _opened(path)
-            names = file.schema_arrow.names
-            if columns.image not in names or (columns.label or columns.image) not in names:
+            named = {name for name in (columns.image, columns.label) if name is not None}
+            kinds = {field.name: field.type for field in file.schema_arrow if field.name in named}
+            first = first or kinds
+            if kinds != first or kinds.keys() != named:
                 raise UserError(f"data: '{path}' has not the columns of '{paths[0]}'; name files of one kind")
             # Without a column, a table does not know how many rows it has.
             yield (
