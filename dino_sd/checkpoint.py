@@ -1,15 +1,23 @@
-"""Checkpoints: tensors and plain containers, written whole or not at all, never unpickled into arbitrary objects."""
+"""Checkpoints: tensors and plain containers, written whole or not at all, never unpickled into arbitrary objects.
 
+Beside each lies its SHA-256, in a file `step_N.pt.sha256` as sha256sum writes it.
+"""
+
+import hashlib
+import json
 import os
 import pickle
 import re
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dino_sd.distributed import say
 from dino_sd.errors import UserError
 
 FORMAT = 1
@@ -34,8 +42,16 @@ def newest(run: Path) -> Path | None:
     return next(iter(all_of(run)), None)
 
 
+def sum_of(path: Path) -> Path:
+    """Where the checksum of a checkpoint lies."""
+    return path.with_name(f"{path.name}.sha256")
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
-    """A reader sees the old file or the new one, never half of it, also after a power cut."""
+    """A reader sees the old file or the new one, never half of it, also after a power cut.
+
+    Raises UserError where it cannot be written; earlier checkpoints are whole then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,14 +59,44 @@ def save(path: Path, state: dict[str, Any]) -> None:
             torch.save(interned({"format": FORMAT, **state}), file)
             file.flush()
             os.fsync(file.fileno())
+        # The sum first: a checkpoint without one would not be checked, a sum without its checkpoint is nothing.
+        write_whole(sum_of(path), f"{digest(temporary)}  {path.name}\n")
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C inside torch's writer, which reports its own end
             raise KeyboardInterrupt from None
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"checkpoint: {path} cannot be written ({reason}); earlier ones are whole") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file, whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 in hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    found = hashlib.sha256()
+    while part := file.read(2**20):
+        found.update(part)
+    return found.hexdigest()
 
 
 def interned(node: Any) -> Any:
@@ -75,8 +121,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises UserError when the file is missing, cut short, of another kind, or would run code when unpickled."""
+    """Raises UserError when the file is missing, cut short, altered, of another kind, or would run code when unpickled.
+
+    A checkpoint that was taken elsewhere without its checksum is not checked against it.
+    """
     try:
+        if sum_of(path).is_file():
+            check_sum(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"checkpoint: {path} does not exist") from None
@@ -90,6 +141,13 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def check_sum(path: Path) -> None:
+    """Raises UserError where the file is not the one whose checksum lies beside it."""
+    said = sum_of(path).read_bytes()[:64].decode("ascii", "replace")
+    if said != digest(path):
+        raise UserError(f"checkpoint: {path} is damaged: it, or {sum_of(path).name}, has changed since it was written")
+
+
 def newest_good(run: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read; says so where a newer one cannot."""
     for path in all_of(run):
@@ -100,14 +158,93 @@ def newest_good(run: Path) -> dict[str, Any] | None:
     return None
 
 
-def prune(run: Path, keep: int, milestone: int | None) -> None:
-    """Removes all but the newest `keep` and those at multiples of `milestone` steps."""
+class Saver:
+    """Saves beside the training: the state is copied to the host, and a thread writes the copy.
+
+    keep: newest ones that stay. milestone: those at multiples of so many steps stay too. best: a metric whose best
+    value so far stays, higher being better; `best.json` says which that is. stop: whether a failure ends the run;
+    otherwise it is said, and the next save tries again.
+    """
+
+    def __init__(self, run: Path, keep: int, milestone: int | None, best: str | None = None, stop: bool = False):
+        self.run, self.keep, self.milestone, self.best, self.stop = run, keep, milestone, best, stop
+        self._thread: threading.Thread | None = None
+        self._failure: UserError | None = None
+
+    def save(self, path: Path, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Waits for the save before, and returns as soon as the state is copied. metrics: the latest ones."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(path, copied(state), metrics.get(self.best or "")))
+        self._thread.start()
+
+    def wait(self, last: bool = False) -> None:
+        """Until the last save is done. Raises UserError where it failed and that ends the run, or it was the `last`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            if self.stop or last:
+                raise failure
+            say(f"warning: {failure}; going on, the next save tries again")
+
+    def _write(self, path: Path, state: dict[str, Any], value: float | None) -> None:
+        try:
+            save(path, state)
+            kept = self._best(step_of(path), value)
+            prune(self.run, self.keep, self.milestone, kept)
+        except UserError as error:
+            self._failure = error
+        except OSError as error:
+            self._failure = UserError(f"checkpoint: {path.parent} cannot be written ({error.strerror})")
+
+    def _best(self, step: int, value: float | None) -> int:
+        """The step of the best checkpoint; -1 for none."""
+        place = self.run / "checkpoints" / "best.json"
+        before = best_of(self.run)
+        if value is None or (before is not None and value <= before[1]):
+            return before[0] if before is not None else -1
+        write_whole(place, json.dumps({"step": step, "metric": self.best, "value": value}) + "\n")
+        return step
+
+
+def best_of(run: Path) -> tuple[int, float] | None:
+    """(step, value) of the checkpoint that `best.json` names; None without one."""
+    try:
+        said = json.loads((run / "checkpoints" / "best.json").read_text())
+        return int(said["step"]), float(said["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def copied(node: Any) -> Any:
+    """The same containers with every tensor copied to the host; one that stands in several places is copied once."""
+    made: dict[int, torch.Tensor] = {}
+
+    def copy(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            if id(node) not in made:
+                made[id(node)] = node.detach().to("cpu", copy=True)
+            return made[id(node)]
+        if isinstance(node, dict):
+            return {key: copy(value) for key, value in node.items()}
+        return type(node)(copy(item) for item in node) if type(node) in (list, tuple) else node
+
+    return copy(node)
+
+
+def prune(run: Path, keep: int, milestone: int | None, best: int = -1) -> None:
+    """Removes all but the newest `keep`, those at multiples of `milestone` steps, and the one of step `best`."""
     for path in all_of(run)[keep:]:
-        if not milestone or step_of(path) % milestone:
+        if (not milestone or step_of(path) % milestone) and step_of(path) != best:
             path.unlink(missing_ok=True)
-    for leftover in _temporaries(run):
+    for leftover in _leftovers(run):
         leftover.unlink(missing_ok=True)
 
 
-def _temporaries(run: Path) -> Iterator[Path]:
-    yield from (run / "checkpoints").glob(".step_*.tmp")
+def _leftovers(run: Path) -> Iterator[Path]:
+    """Half-written files, and checksums of checkpoints that are gone."""
+    yield from (run / "checkpoints").glob(".*.tmp")
+    for path in (run / "checkpoints").glob("step_*.pt.sha256"):
+        if not path.with_suffix("").exists():
+            yield path

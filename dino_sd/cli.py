@@ -1,6 +1,8 @@
 """The commands. Each unpacks its arguments, calls one function, and knows nothing more."""
 
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dino_sd.distributed import adopt_slurm, is_main, rank, say, shutdown
-from dino_sd.errors import UserError
+from dino_sd.distributed import adopt_slurm, is_main, rank, say, shutdown, silent_ranks, world_size
+from dino_sd.errors import Halted, Interrupted, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -256,7 +258,7 @@ def settings(cls: Any, pairs: list[str] | None) -> Any:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 bad input (one line), 130 interrupted by hand."""
+    """Exit codes: 0 done, 2 bad input (one line), 3 stopped by a guard, 75 interrupted and saved, 130 cut off."""
     adopt_slurm()
     code = 0
     try:
@@ -269,5 +271,25 @@ def main() -> None:
         where = f"rank {rank()}: " if rank() else ""
         print(f"error: {where}{error}", file=sys.stderr, flush=True)
         code = 2
+    except Halted as stop:  # every rank comes here; one says why
+        say(f"stopped: {stop}")
+        code = 3
+    except Interrupted as stop:
+        say(f"interrupted: {stop}")
+        code = 75
+    except Exception:
+        crash()
     shutdown()
     sys.exit(code)
+
+
+def crash() -> None:
+    """This rank's traceback first, then which ranks do not answer, and out: without waiting for anyone."""
+    where = f"rank {rank()} of {world_size()} " if world_size() > 1 else ""
+    print(f"{where}failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    if world_size() == 1:
+        sys.exit(1)
+    if silent := silent_ranks():
+        numbers = ", ".join(map(str, silent))
+        print(f"rank {rank()}: no answer from rank(s) {numbers}: they hang or are gone", file=sys.stderr, flush=True)
+    os._exit(1)  # the way out of a process group, or of loader workers, may wait for those who never come

@@ -130,6 +130,12 @@ class Checkpoint(Settings):
     every: Duration = Field(default=0.05, description="save this often; duration")
     keep: int = Field(default=2, ge=1, description="newest checkpoints that stay")
     milestone: Duration | None = Field(default=None, description="checkpoints this far apart stay for good; duration")
+    best: str | None = Field(
+        default=None, description="a metric, such as knn or feature_spread, whose best checkpoint stays; null: none"
+    )
+    on_error: Literal["warn", "stop"] = Field(
+        default="warn", description="when one cannot be written: go on and try again at the next, or stop"
+    )
 
 
 def _off(value: Any) -> Any:
@@ -217,6 +223,13 @@ class Config(Settings):
     )
     compile: bool = Field(default=False, description="torch.compile the backbones")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to train")
+    timeout: float = Field(default=600, gt=0, description="seconds that ranks wait for one that does not answer")
+    most_skipped: int = Field(
+        default=10,
+        ge=1,
+        description="steps in a row with numbers that are not finite; then the run goes back to its newest checkpoint "
+        "with half the learning rate, and stops the second time",
+    )
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto", description="loader processes a rank"
     )

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
+_control: Any = None  # a group of CPU processes: agreeing does not wait for an accelerator
+
+
 def setup(device_name: str = "auto", timeout_s: float = 600) -> torch.device:
     """Joins the process group when there is more than one rank; returns this rank's device."""
     device = pick_device(device_name)
@@ -107,10 +111,34 @@ def setup(device_name: str = "auto", timeout_s: float = 600) -> torch.device:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // local_world_size())))
     if world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
+            global _control
             dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=device)
+            _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         else:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     return device
+
+
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Each flag, true where it is so on any rank: the same answer on all of them."""
+    if not dist.is_initialized():
+        return flags
+    tensor = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_control)
+    return tuple(bool(flag) for flag in tensor.tolist())
+
+
+def silent_ranks(wait_s: float = 3.0) -> list[int]:
+    """Ranks that do not answer: each that calls this says so in the group's store. Empty where that is gone too."""
+    if not dist.is_initialized():
+        return []
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"dino_sd/alive/{rank()}", "1")
+        time.sleep(wait_s)
+        return [number for number in range(world_size()) if not store.check([f"dino_sd/alive/{number}"])]
+    except Exception:  # the store lives in another process
+        return []
 
 
 def shutdown() -> None:
@@ -146,7 +174,7 @@ def gather_objects(ours: list[Any]) -> list[Any]:
     if not dist.is_initialized():
         return ours
     lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, ours)
+    dist.all_gather_object(lists, ours, group=_control)
     return [entry for entries in lists for entry in entries]
 
 

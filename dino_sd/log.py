@@ -84,7 +84,10 @@ class Log:
         self.latest.update(values)
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # a disk that is full, or gone, must not cost the run
+            print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         if self.wandb is not None:
             try:
                 self.wandb.log(values, step=step)

@@ -140,6 +140,11 @@ class SelfDistillation(nn.Module):
         self.signs["feature_spread"] = feature_spread(spread_of.pooled[0])
         return losses
 
+    def skip_step(self) -> None:
+        """In place of `after_step`, for a step whose numbers are not finite."""
+        for term in self.terms.values():
+            term.skip_step()  # pyright: ignore[reportCallIssue]
+
     @torch.no_grad()
     def after_step(self, t: float) -> None:
         """Once an optimizer step: the teacher and the terms' buffers move.

@@ -1,12 +1,14 @@
 """The folder of a run: whose it is, what it was made with, and on what."""
 
+import errno
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,22 @@ import torchvision
 import yaml
 
 from dino_sd import __version__
+from dino_sd.checkpoint import write_whole
 from dino_sd.config import Config
 from dino_sd.data.loader import Batch
-from dino_sd.data.source import Bad, Source
+from dino_sd.data.source import Bad, Source, short_hash
 from dino_sd.data.statistics import statistics
-from dino_sd.distributed import barrier, gather_objects, is_main, world_size
-from dino_sd.errors import UserError
+from dino_sd.distributed import barrier, gather_objects, is_main, rank, say, world_size
+from dino_sd.errors import Diverged, Halted, UserError
+from dino_sd.method import SelfDistillation
 from dino_sd.settings import differences, plain
 from dino_sd.shapes import NO_LABEL
 
 # Settings that a run may change when it goes on: they move no number of it by more than rounding. (That the images at
 # `data` are still the same ones, wherever they lie now, is checked by their fingerprint.)
-FREE_TO_CHANGE = ("out", "data", "workers", "device", "compile", "log", "checkpoint", "evaluate")
+FREE_TO_CHANGE = (
+    "out", "data", "workers", "device", "compile", "log", "checkpoint", "evaluate", "timeout", "most_skipped",
+)  # fmt: skip
 
 
 def describe(source: Source, cfg: Config) -> tuple[dict[str, Any], list[Bad]]:
@@ -74,21 +80,140 @@ def check_same_run(resumed: dict[str, Any], run: Path, cfg: Config, source: Sour
         )
 
 
-def claim(run: Path, cfg: Config) -> None:
-    """Rank 0 writes what the run is, whole or not at all."""
+def claim(run: Path, cfg: Config) -> AbstractContextManager:
+    """Rank 0 writes what the run is, whole or not at all; until what is returned is left, no other process may.
+
+    Raises UserError where the folder cannot be written, or is another's.
+    """
     if is_main():
         try:
             run.mkdir(parents=True, exist_ok=True)
-            for name, text in (
-                ("config.yaml", yaml.safe_dump(plain(cfg), sort_keys=False)),
-                ("environment.json", json.dumps(environment(), indent=2) + "\n"),
-            ):
-                temporary = run / f".{name}.tmp"
-                temporary.write_text(text)
-                os.replace(temporary, run / name)
+            lock = locked(run)
+            write_whole(run / "config.yaml", yaml.safe_dump(plain(cfg), sort_keys=False))
+            write_whole(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"out={run} cannot be written ({error.strerror}); choose another folder") from None
+    else:
+        lock = nullcontext()
     barrier()
+    return lock
+
+
+def locked(run: Path) -> AbstractContextManager:
+    """Closes with the file that holds the lock. Raises UserError where another process has it."""
+    if sys.platform == "win32":
+        return nullcontext()
+    import fcntl  # not on Windows
+
+    file = open(run / ".lock", "a+")  # noqa: SIM115 (open for the whole run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):  # a file system without locks
+            return file
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"out={run} is being written by {owner}; wait for it, or choose another out") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def introduce(cfg: Config, device: torch.device, method: SelfDistillation, data: dict[str, Any]) -> None:
+    """Every rank says who it is and what it has; raises UserError on all of them where these are not the same.
+
+    Compared: settings, code, data and first weights. Rank 0 prints where the ranks are.
+    """
+    if world_size() == 1:
+        return
+    settings = json.dumps(plain(cfg), sort_keys=True)
+    ours = {
+        "rank": rank(), "host": platform.node(), "device": str(device), "settings": settings, "code": code_version(),
+        "data": data["fingerprint"], "weights": sum_of_weights(method),
+    }  # fmt: skip
+    everyone = gather_objects([ours])
+    hosts: dict[str, list[str]] = {}
+    for each in everyone:
+        hosts.setdefault(each["host"], []).append(each["device"])
+    say("ranks: " + "; ".join(f"{host}: {', '.join(devices)}" for host, devices in hosts.items()))
+    for name in ("settings", "code", "data", "weights"):
+        for each in everyone[1:]:
+            if each[name] != everyone[0][name]:
+                detail = ""
+                if name == "settings":
+                    trees = [json.loads(one[name]) for one in (everyone[0], each)]
+                    detail = f" ({'; '.join(differences(*trees)[:3])})"
+                raise UserError(
+                    f"rank {each['rank']} on {each['host']} has other {name} than rank 0 on {everyone[0]['host']}"
+                    f"{detail}; start all ranks with the same command, code and data"
+                )
+
+
+def sum_of_weights(method: SelfDistillation) -> str:
+    """A hash of all parameters, by the norm and the sum of each."""
+    parameters = [p.detach() for p in method.parameters()]
+    sums = torch.stack([*torch._foreach_norm(parameters), *(p.sum() for p in parameters)]).double().cpu()
+    return short_hash(sums.numpy().tobytes())
+
+
+def check_equal_weights(method: SelfDistillation, step: int) -> None:
+    """Raises Halted on all ranks where their weights are no longer the same ones."""
+    if world_size() == 1:
+        return
+    sums = gather_objects([sum_of_weights(method)])
+    odd = [number for number, each in enumerate(sums) if each != sums[0]]
+    if odd:
+        raise Halted(
+            f"rank(s) {', '.join(map(str, odd))} have other weights than rank 0 after step {step}: a device that "
+            f"computes wrongly, or code that treats ranks differently; checkpoints are rank 0's"
+        )
+
+
+class Anomalies:
+    """Steps that were skipped because of numbers that are not finite: a line each in `anomalies.jsonl`.
+
+    count: of them in all; in_a_row: up to now.
+    """
+
+    def __init__(self, run: Path, source: Source, count: int = 0, in_a_row: int = 0):
+        self.path, self.source, self.count, self.in_a_row = run / "anomalies.jsonl", source, count, in_a_row
+
+    def state(self) -> dict[str, int]:
+        return {"count": self.count, "in_a_row": self.in_a_row}
+
+    def note(self, step: int, parts: Sequence[Any], gradient_norm: float) -> None:
+        """Every rank calls it for the same step. parts: this rank's, with `indices`, `losses` and `loss`."""
+        self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
+        found = []
+        for part in parts:
+            terms = {name: float(loss) for name, loss in part.losses.items()}
+            if not math.isfinite(sum(terms.values())):
+                files = [self.source.path(index) for index in part.indices.tolist()]
+                # JSON knows no NaN
+                found.append({"rank": rank(), "terms": {name: str(v) for name, v in terms.items()}, "files": files})
+        everyone = gather_objects(found)
+        if not is_main():
+            return
+        line = {"step": step, "gradient_norm": str(gradient_norm), "found": everyone}
+        where = ", ".join(sorted({f"rank {each['rank']}: {', '.join(each['terms'])}" for each in everyone}))
+        say(f"warning: step {step} is skipped: numbers that are not finite in {where or 'the gradient'}; {self.path}")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            say(f"warning: {self.path} cannot be written ({error.strerror})")
+
+    def give_up(self, slowed: float) -> None:
+        """Raises Diverged, or Halted where that has happened before."""
+        what = f"{self.in_a_row} steps in a row had numbers that are not finite ({self.path})"
+        if slowed < 1:
+            raise Halted(
+                f"{what}, also with half the learning rate; the newest checkpoint is sound: go on from it with a lower "
+                f"optim.lr, a longer optim.warmup or precision=fp32"
+            )
+        raise Diverged(what)
 
 
 class BadFiles:
@@ -140,15 +265,20 @@ class BadFiles:
         return len(self.known)
 
 
-def environment() -> dict[str, Any]:
-    """What one needs to know to get the same numbers again."""
+def code_version() -> str | None:
+    """The commit of a clone; None elsewhere."""
     here, commit = Path(__file__).parents[1], ""
     if (here / ".git").exists():  # a clone; installed elsewhere, a repository around it would be another one
         with suppress(OSError):  # git need not be there
             describe_commit = ["git", "-C", str(here), "describe", "--always", "--dirty"]
             commit = subprocess.run(describe_commit, capture_output=True, text=True).stdout.strip()
+    return commit or None
+
+
+def environment() -> dict[str, Any]:
+    """What one needs to know to get the same numbers again."""
     return {
-        "command": sys.argv, "dino_sd": __version__, "commit": commit or None, "ranks": world_size(),
+        "command": sys.argv, "dino_sd": __version__, "commit": code_version(), "ranks": world_size(),
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
         "timm": timm.__version__, "platform": platform.platform(), "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

@@ -117,6 +117,9 @@ class Term(nn.Module):
         """The loss, a scalar."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
+    def skip_step(self) -> None:
+        """Forgets what was gathered for a step that is not made: its numbers were not finite."""
+
     def after_step(self, t: float) -> None:
         """Called once an optimizer step, after however many accumulated parts, on every rank; here nothing moves."""
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_sd import build, checkpoint
@@ -20,7 +21,9 @@ from dino_sd.data.mix import Mix
 from dino_sd.data.photometry import Photometry
 from dino_sd.distributed import (
     agree,
+    all_gather_rows,
     all_reduce_mean_,
+    any_rank,
     barrier,
     is_main,
     local_world_size,
@@ -29,16 +32,30 @@ from dino_sd.distributed import (
     setup,
     world_size,
 )
+from dino_sd.errors import Diverged, Interrupted
 from dino_sd.log import Log
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
-from dino_sd.run import BadFiles, check_same_run, claim, describe
+from dino_sd.preemption import Requests
+from dino_sd.run import Anomalies, BadFiles, check_equal_weights, check_same_run, claim, describe, introduce
 from dino_sd.settings import plain
 from dino_sd.validation import Validation
 
 
 def train(cfg: Config) -> Path:
-    """Trains, or goes on where `out` holds an unfinished run; returns the newest checkpoint."""
-    device = setup(cfg.device)
+    """Trains, or goes on where `out` holds an unfinished run; returns the newest checkpoint.
+
+    Raises Interrupted where it was asked to stop, Halted where a guard has stopped it.
+    """
+    device = setup(cfg.device, cfg.timeout)
+    try:
+        return _train(cfg, device)
+    except Diverged as error:
+        say(f"warning: {error}; going back to the newest checkpoint, with half the learning rate")
+        return _train(cfg, device, 0.5)
+
+
+def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
+    """slowed: factor of the learning rate from here on; below 1 in a run that has diverged once."""
     torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")  # high: TF32 on CUDA
     torch.backends.cudnn.allow_tf32 = cfg.precision == "bf16"
     if device.type == "cpu":
@@ -53,6 +70,7 @@ def train(cfg: Config) -> Path:
         check_same_run(resumed, run, cfg, source)
     start = resumed["step"] if resumed else 0
     agree(start, "the step to go on from")
+    slowed = min(slowed, resumed["slowed"]) if resumed else slowed
     if start >= length.steps:
         say(f"{run} is finished ({start} steps); nothing to do")
         return checkpoint.path_of(run, start)
@@ -61,14 +79,20 @@ def train(cfg: Config) -> Path:
     method = build.make_method(cfg, backbone, length, device, data)
     optimizer = make_optimizer(cfg.optim.name, method.student)
     scores = resumed["scores"] if resumed else {}
-    window = Window()
+    window, skipped = Window(), {"count": 0, "in_a_row": 0}
     if resumed:
         method.student.load_state_dict(resumed["student"])
         method.teacher.load_state_dict(resumed["teacher"])
         method.terms.load_state_dict(resumed["terms"])
         optimizer.load_state_dict(resumed["optimizer"])
-        window = Window({name: total.to(device) for name, total in resumed["window"].items()}, resumed["window_steps"])
+        same = resumed["ranks"] == world_size()  # with other ranks, each goes on with the mean of all
+        sums = {name: total[rank()] if same else total.mean() for name, total in resumed["window"].items()}
+        window = Window({name: total.to(device) for name, total in sums.items()}, resumed["window_steps"])
+        skipped = resumed["skipped"]
         say(f"going on from step {start} of {length.steps} in {run}")
+        if resumed["ranks"] != world_size():
+            say(f"{resumed['ranks']} rank(s) until then, {world_size()} from now on: the batch of a step stays "
+                f"{cfg.batch_size} images, {cfg.batch_size // world_size()} on each rank")  # fmt: skip
     resumed = None  # a second copy of everything would otherwise live as long as the run
 
     model = method
@@ -95,7 +119,17 @@ def train(cfg: Config) -> Path:
     weight_decay = build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
     parameters = list(method.student.parameters())
     evaluate = Validation(cfg, method, device, data)
-    claim(run, cfg)  # everything that can be wrong with the settings has been found by now
+    introduce(cfg, device, method, data)
+    # Everything that can be wrong with the settings has been found by now.
+    lock = claim(run, cfg)
+    requests = Requests(run)
+    requests.forget()
+    due = Due(cfg, length)
+    saver = checkpoint.Saver(
+        run, cfg.checkpoint.keep, due.milestone, cfg.checkpoint.best, cfg.checkpoint.on_error == "stop"
+    )
+    anomalies = Anomalies(run, source, **skipped)
+    norms = BatchNorms(method)
     bad_files = BadFiles(run, len(source), cfg.data.most_bad)
     bad_files.add((*source.bad, *bad))
     bad_files.share()
@@ -103,66 +137,119 @@ def train(cfg: Config) -> Path:
     log = Log(
         run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
     )  # fmt: skip
-    due = Due(cfg, length)
     saved = checkpoint.path_of(run, start)
     if due.evaluate(0) and start == 0:
         scores = evaluate(method)
         log.write(0, scores)
 
-    for step in range(start, length.steps):
-        t = step / length.steps
-        set_rates(optimizer, learning_rate(t), weight_decay(t))
-        torch.manual_seed(seed_of(cfg.seed, step, rank()))  # dropout and drop-path = f(seed, step, rank)
-        for part in range(cfg.accumulate):
-            with window.waiting():
-                groups, batch, labels = next(views)
-            last = part == cfg.accumulate - 1
-            synced = nullcontext() if last or model is method else model.no_sync()  # pyright: ignore
-            with synced:
-                with autocast:
-                    losses = model(groups, batch, labels, t)
-                loss = sum(losses.values()) / cfg.accumulate
-                loss.backward()  # pyright: ignore
-            window.add({"loss": loss.detach() * cfg.accumulate, **method.signs}, 1 / cfg.accumulate)  # pyright: ignore
-        window.add({"gradient_norm": clip_each_(parameters, cfg.optim.clip)})
-        for parameter in method.frozen_parameters(t):
-            parameter.grad = None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(t)
-        window.step(cfg.batch_size)
-        if step == start and device.type == "cpu":
-            return_free_memory()
+    done = start
+    with lock, requests:
+        for step in range(start, length.steps):
+            t = step / length.steps
+            set_rates(optimizer, slowed * learning_rate(t), weight_decay(t))
+            torch.manual_seed(seed_of(cfg.seed, step, rank()))  # dropout and drop-path = f(seed, step, rank)
+            parts: list[Part] = []
+            for part in range(cfg.accumulate):
+                with window.waiting():
+                    groups, indices, labels = next(views)
+                last = part == cfg.accumulate - 1
+                synced = nullcontext() if last or model is method else model.no_sync()  # pyright: ignore
+                with synced:
+                    with autocast:
+                        losses = model(groups, len(indices), labels, t)
+                    loss = sum(losses.values()) / cfg.accumulate
+                    loss.backward()  # pyright: ignore
+                parts.append(Part(indices, losses, loss.detach() * cfg.accumulate, method.signs))  # pyright: ignore
+            norm = clip_each_(parameters, cfg.optim.clip)
+            # The one number a step that is waited for: what is not finite must not get into weights, teacher or centre.
+            total = torch.stack([norm, *(part.loss for part in parts)]).sum()
+            asked, unsound = any_rank(requests.pending(), not bool(torch.isfinite(total)))
+            done = step + 1
+            if unsound:  # on all ranks alike: no step, no teacher, no centre
+                anomalies.note(step, parts, float(norm))
+                method.skip_step()
+                norms.restore_()
+                if anomalies.in_a_row >= cfg.most_skipped:
+                    saver.wait()
+                    anomalies.give_up(slowed)
+            else:
+                anomalies.in_a_row = 0
+                for part in parts:
+                    window.add({"loss": part.loss, **part.signs}, 1 / cfg.accumulate)
+                window.add({"gradient_norm": norm})
+                for parameter in method.frozen_parameters(t):
+                    parameter.grad = None
+                optimizer.step()
+                method.after_step(t)
+                norms.keep()
+                window.step()
+            optimizer.zero_grad(set_to_none=True)
+            window.images += cfg.batch_size
+            if step == start and device.type == "cpu":
+                return_free_memory()
 
-        done = step + 1
-        final = done == length.steps
-        if done % cfg.log.every == 0 or final:
-            values = {**window.means(), "lr": learning_rate(t), "epoch": done / length.steps_per_epoch}
-            log.write(done, values | ({"bad_files": count} if (count := bad_files.share()) else {}))
-            log.progress(done)
-        if due.evaluate(done) or (final and due.evaluates):
-            scores = evaluate(method)
-            log.write(done, scores)
-            log.progress(done)
-            window.restart_clock()
-        if due.checkpoint(done) or final:
-            saved = checkpoint.path_of(run, done)
-            window.share()
-            if is_main():
-                state = {
-                    "step": done, "steps": length.steps, "config": plain(cfg), "data": data,
-                    "result": method.result, "student": method.student.state_dict(),
-                    "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
-                    "optimizer": optimizer.state_dict(), "window": window.sums, "window_steps": window.steps,
-                    "scores": scores,
-                }  # fmt: skip
-                checkpoint.save(saved, state)
-                checkpoint.prune(run, cfg.checkpoint.keep, due.milestone)
-    log.close()
-    if bad_files.known:
-        say(f"{len(bad_files.known)} image(s) could not be read, others stood in: {bad_files.path}")
-    barrier()
+            final = done == length.steps
+            if done % cfg.log.every == 0 or final:
+                values = {**window.means(), "lr": slowed * learning_rate(t), "epoch": done / length.steps_per_epoch}
+                values |= {"bad_files": count} if (count := bad_files.share()) else {}
+                values |= {"skipped_steps": anomalies.count} if anomalies.count else {}
+                log.write(done, values)
+                log.progress(done)
+                check_equal_weights(method, done)
+            if due.evaluate(done) or (final and due.evaluates):
+                scores = evaluate(method)
+                log.write(done, scores)
+                log.progress(done)
+                window.restart_clock()
+            if due.checkpoint(done) or final or asked:
+                saved = checkpoint.path_of(run, done)
+                sums = window.of_ranks()
+                if is_main():
+                    state = {
+                        "step": done, "steps": length.steps, "config": plain(cfg), "data": data,
+                        "result": method.result, "student": method.student.state_dict(),
+                        "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
+                        "optimizer": optimizer.state_dict(), "window": sums, "window_steps": window.steps,
+                        "scores": scores, "ranks": world_size(), "slowed": slowed, "skipped": anomalies.state(),
+                    }  # fmt: skip
+                    saver.save(saved, state, log.latest)
+            if asked and not final:
+                break
+        saver.wait(last=True)
+        log.close()
+        if bad_files.known:
+            say(f"{len(bad_files.known)} image(s) could not be read, others stood in: {bad_files.path}")
+        barrier()
+        if done < length.steps:
+            requests.forget()
+            raise Interrupted(f"step {done} of {length.steps} is saved ({saved}); the same command goes on")
     return saved
+
+
+class Part(NamedTuple):
+    """What a part of a step's batch came to. indices: of its images, on the CPU. losses: weighted, by term."""
+
+    indices: Tensor
+    losses: dict[str, Tensor]
+    loss: Tensor
+    signs: dict[str, Tensor]
+
+
+class BatchNorms:
+    """Running statistics as they were after the last sound step: a forward pass of bad numbers spoils them for good."""
+
+    def __init__(self, method: torch.nn.Module):
+        modules = [module for module in method.modules() if isinstance(module, _BatchNorm)]
+        self.buffers = [buffer for module in modules for buffer in module.buffers()]
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def keep(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
+
+    def restore_(self) -> None:
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.kept)
 
 
 class Window:
@@ -186,20 +273,22 @@ class Window:
             value = value.detach() * share
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def step(self, images: int) -> None:
+    def step(self) -> None:
         self.steps += 1
-        self.images += images
 
-    def share(self) -> None:
-        """The same sums on every rank, their mean: what a checkpoint holds, and what a run without it goes on with."""
-        if self.sums and world_size() > 1:
-            totals = all_reduce_mean_(torch.stack(list(self.sums.values())))
-            self.sums = dict(zip(self.sums, totals.unbind(), strict=True))
+    def of_ranks(self) -> dict[str, Tensor]:
+        """The sums of every rank, (ranks,) each: what a checkpoint holds."""
+        if not self.sums:
+            return {}
+        rows_RN = all_gather_rows(torch.stack(list(self.sums.values()))[None])
+        return dict(zip(self.sums, rows_RN.unbind(1), strict=True))
 
     def means(self) -> dict[str, float]:
         """Over the steps since the last call and over ranks; starts anew."""
-        values = all_reduce_mean_(torch.stack(list(self.sums.values())) / self.steps).tolist()
-        means = dict(zip(self.sums, values, strict=True))
+        means: dict[str, float] = {}
+        if self.sums:  # unless all steps were skipped
+            values = all_reduce_mean_(torch.stack(list(self.sums.values())) / self.steps).tolist()
+            means = dict(zip(self.sums, values, strict=True))
         elapsed = time.perf_counter() - self.began
         means |= {"images_per_s": self.images / elapsed, "data_wait": self.waited / elapsed}
         self.sums, self.steps = {}, 0
@@ -226,15 +315,15 @@ class Due:
 
 def on_device(
     batches: Iterable[Batch], photometry: Photometry, mix: Mix | None, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[list[Tensor], int, Tensor | None]]:
-    """Stage two of the views: (groups of normalised crops, images in them, labels) for each part of a step."""
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
+    """Stage two of the views: (groups of normalised crops, indices of their images, labels) for each part of a step."""
     for batch in ahead(batches, device):
         groups = [photometry(crops, rows).to(dtype) for crops, rows in zip(batch.groups, batch.rows, strict=True)]
         if mix is not None and batch.labels is not None:
             groups[0], labels = mix(groups[0], batch.labels)
         else:
             labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        yield groups, len(batch.indices), labels
+        yield groups, batch.indices, labels
 
 
 def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -26,8 +26,8 @@ def test_views_are_like_those_of_torchvision_and_pillow(tmp_path: Path):
     photographs(tmp_path, 35)
     source = open_source(str(tmp_path), 3)
     spec = build.view_spec(recipe.load_config("own_images", [f"data={tmp_path}"]))
-    ours, theirs = bench_views.compare(source, spec, 210)
-    assert [len(numbers) for numbers in ours.numbers] == [210, 840]
+    ours, theirs = bench_views.compare(source, spec, 420)
+    assert [len(numbers) for numbers in ours.numbers] == [420, 1680]
     for apart, a, b in zip(bench_views.deviations(ours, theirs), ours.numbers, theirs.numbers, strict=True):
         error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b))
         difference = np.abs(a.mean(0) - b.mean(0))

@@ -20,7 +20,8 @@ FLOORS = {
     "errors": -2, "": -2, "settings": -1, "shapes": -1, "distributed": -1,
     "config": 0, "schedule": 0, "losses": 0, "progress": 0,
     "models": 0,
-    "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "log": 1, "speed": 1, "allocator": 1,
+    "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1,
+    "allocator": 1,
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "load": 2,
     "build": 3, "run": 3, "validation": 3, "suggestions": 3,
     "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
@@ -121,7 +122,7 @@ def test_truncated_checkpoint_falls_back(tiny, tmp_path: Path, capsys):
     newest = train(tiny(run))
     newest.write_bytes(newest.read_bytes()[:1000])
     assert_identical(straight, train(tiny(run)))
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [2, 4])

@@ -275,7 +275,7 @@ def test_part_of_a_curve_keeps_the_rest(tiny_yaml: Path, tmp_path: Path):
 
 
 def test_interrupted_by_hand(tiny_yaml: Path, tmp_path: Path):
-    """Ctrl-C: exit code 130, one line that says how to go on, checkpoints whole."""
+    """Ctrl-C: the step is finished and saved, exit code 75, one line that says how to go on."""
     import signal
     import subprocess
     import time
@@ -290,7 +290,7 @@ def test_interrupted_by_hand(tiny_yaml: Path, tmp_path: Path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "same command" in said.strip().splitlines()[-1] and "Traceback" not in said
+    assert process.returncode == 75, said
+    assert "the same command goes on" in said.strip().splitlines()[-1] and "Traceback" not in said
     newest = checkpoint.newest(run)
     assert newest is not None and checkpoint.load(newest)["step"] == checkpoint.step_of(newest)

@@ -2,6 +2,7 @@
 
 import atexit
 import shutil
+import signal
 import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class Batches:
             sampler=_MicroBatches(self._steps, self._accumulate),
             num_workers=self._workers,
             prefetch_factor=_PREFETCH if self._workers else None,
+            worker_init_fn=_leave_signals,
             pin_memory=self._pin_memory,
             # The loader draws a seed for its workers: not from the global generator, whose state is the training's.
             generator=torch.Generator(),
@@ -107,6 +109,11 @@ class Batches:
             if isinstance(made, _Failure):
                 raise UserError(made.message)
             yield made
+
+
+def _leave_signals(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; what becomes of it is the training's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _close(batches: "weakref.ref[Generator[Batch, None, None]]") -> None:

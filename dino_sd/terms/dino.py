@@ -159,5 +159,8 @@ class Dino(Term):
         """The centre moves after the loss has used it, once a step, by the mean over the whole global batch."""
         mean_K = all_reduce_mean_(self.center_sum / max(self.rows, 1))
         self.center.lerp_(mean_K, 1 - self.center_momentum)
+        self.skip_step()
+
+    def skip_step(self) -> None:
         self.center_sum.zero_()
         self.rows = 0

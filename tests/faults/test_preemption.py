@@ -1,0 +1,119 @@
+"""Asked to stop, all ranks stop at the same step, save once, and the same command ends in the same bits."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import assert_identical
+from faults.conftest import finish, metrics, newest_step, ranks_of, start, wait_for
+
+from dino_sd import checkpoint
+from dino_sd.train import train
+
+LONG = {"steps": 60, "checkpoint__every": "steps=20", "log__every": 5}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict[int, Path]:
+    """Nobody touches these: {ranks: folder}."""
+    import yaml
+    from conftest import TINY
+
+    root = tmp_path_factory.mktemp("straight")
+    (root / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    for ranks in (1, 2):
+        code, said = finish(start(root / "tiny.yaml", root / str(ranks), ranks, **LONG))
+        assert code == 0, said
+    return {ranks: root / str(ranks) for ranks in (1, 2)}
+
+
+def stop_asked(run: Path) -> None:
+    (run / "stop").touch()
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "stop"])
+def test_one_process(tiny_yaml: Path, tmp_path: Path, straight: dict[int, Path], how: str):
+    run = tmp_path / "run"
+    process = start(tiny_yaml, run, **LONG)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 2)
+    if how == "stop":
+        stop_asked(run)
+    else:
+        process.send_signal(getattr(signal, how))
+    began = time.monotonic()
+    code, said = finish(process)
+    assert code == 75 and time.monotonic() - began < 20, said
+    assert "the same command goes on" in said.splitlines()[-1] and "Traceback" not in said
+    step = newest_step(run)
+    assert 0 < step < 60 and not (run / "stop").exists()
+    code, said = finish(start(tiny_yaml, run, **LONG))
+    assert code == 0 and f"going on from step {step} of 60" in said, said
+    assert_identical(checkpoint.path_of(straight[1], 60), checkpoint.path_of(run, 60))
+    assert metrics(run) == metrics(straight[1])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_ranks(tiny_yaml: Path, tmp_path: Path, straight: dict[int, Path], victim: int):
+    run = tmp_path / "run"
+    process = start(tiny_yaml, run, ranks=2, **LONG)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 2)
+    began = time.monotonic()
+    os.kill(ranks_of(process)[victim], signal.SIGTERM)
+    code, said = finish(process)
+    assert code != 0 and time.monotonic() - began < 20, said
+    assert said.count("exitcode  : 75") + said.count("exitcode: 75") >= 1 and "exitcode: -" not in said, said
+    step = newest_step(run)
+    assert 0 < step < 60 and len(list((run / "checkpoints").glob(f"step_{step:08d}.pt"))) == 1
+    code, said = finish(start(tiny_yaml, run, ranks=2, **LONG))
+    assert code == 0, said
+    assert_identical(checkpoint.path_of(straight[2], 60), checkpoint.path_of(run, 60))
+    assert metrics(run) == metrics(straight[2])
+
+
+def test_a_second_interrupt_ends_it_at_once(tiny_yaml: Path, tmp_path: Path):
+    """In the middle of a step that lasts: the last checkpoint is whole."""
+    run = tmp_path / "run"
+    slow = """
+import time
+from dino_sd.data.photometry import Photometry
+before = Photometry.__call__
+calls = []
+def call(self, crops, rows):
+    calls.append(1)
+    if len(calls) == 24:
+        open("MARK", "w").close()
+        for _ in range(6000):
+            time.sleep(0.01)
+    return before(self, crops, rows)
+Photometry.__call__ = call
+""".replace("MARK", str(tmp_path / "slow"))
+    process = start(tiny_yaml, run, script=slow, **LONG | {"checkpoint__every": "steps=5"})
+    wait_for(lambda: (tmp_path / "slow").exists())
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    code, _ = finish(process)
+    assert code == 130 and time.monotonic() - began < 5
+    newest = checkpoint.newest(run)
+    assert newest is not None and checkpoint.load(newest)["step"] == checkpoint.step_of(newest) == 10
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks_in_mid_run(tiny, tiny_yaml: Path, tmp_path: Path, before: int, after: int):
+    from conftest import largest_difference
+
+    options = {"precision": "fp64", "drop_path": 0.0, **LONG}
+    one = train(tiny(tmp_path / "one", **options))
+    run = tmp_path / "run"
+    process = start(tiny_yaml, run, ranks=before, **options)
+    wait_for(lambda: newest_step(run) >= 20)
+    stop_asked(run)
+    finish(process)
+    assert 20 <= newest_step(run) < 60
+    code, said = finish(start(tiny_yaml, run, ranks=after, **options))
+    assert code == 0 and f"{before} rank(s) until then, {after} from now on" in said, said
+    assert largest_difference(one, checkpoint.path_of(run, 60)) < 1e-6
