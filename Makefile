@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-faults lint bench clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,10 @@ quickstart: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# Thirty kills, hanging and unlike ranks, restarts: a quarter of an hour on two cores.
+test-faults: .venv/ready
+	DINO_SD_FAULTS=whole DINO_SD_KILLS=30 $(BIN)/python -m pytest tests/faults
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -110,13 +110,23 @@ def setup(device_name: str = "auto", timeout_s: float = 600) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:  # torch counts the machine's cores, also in a container that has fewer
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // local_world_size())))
     if world_size() > 1 and not dist.is_initialized():
+        global _control
+        timeout, ours = timedelta(seconds=timeout_s), rank()
         if device.type == "cuda":
-            global _control
-            dist.init_process_group("nccl", timeout=timedelta(seconds=timeout_s), device_id=device)
-            _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(
+                "nccl", store=_store(timeout), rank=ours, world_size=world_size(), timeout=timeout, device_id=device
+            )
+            _control = dist.new_group(backend="gloo", timeout=timeout)
         else:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group("gloo", store=_store(timeout), rank=ours, world_size=world_size(), timeout=timeout)
     return device
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where ranks find each other. Started again by torchrun, they must not find those who were there before: its
+    store is still the same one, with the addresses of processes that are gone."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"dino_sd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world_size()}", store)
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:

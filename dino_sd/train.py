@@ -88,13 +88,14 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
         same = resumed["ranks"] == world_size()  # with other ranks, each goes on with the mean of all
         sums = {name: total[rank()] if same else total.mean() for name, total in resumed["window"].items()}
         window = Window({name: total.to(device) for name, total in sums.items()}, resumed["window_steps"])
-        skipped = resumed["skipped"]
+        skipped = resumed["skipped"] if slowed == resumed["slowed"] else {**resumed["skipped"], "in_a_row": 0}
         say(f"going on from step {start} of {length.steps} in {run}")
         if resumed["ranks"] != world_size():
             say(f"{resumed['ranks']} rank(s) until then, {world_size()} from now on: the batch of a step stays "
                 f"{cfg.batch_size} images, {cfg.batch_size // world_size()} on each rank")  # fmt: skip
     resumed = None  # a second copy of everything would otherwise live as long as the run
 
+    introduce(cfg, device, method, data)  # before DDP makes all weights rank 0's
     model = method
     if world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -119,7 +120,6 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
     weight_decay = build.make_schedule(cfg.optim.weight_decay, length, "optim.weight_decay")
     parameters = list(method.student.parameters())
     evaluate = Validation(cfg, method, device, data)
-    introduce(cfg, device, method, data)
     # Everything that can be wrong with the settings has been found by now.
     lock = claim(run, cfg)
     requests = Requests(run)

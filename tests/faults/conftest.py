@@ -18,6 +18,10 @@ from dino_sd import checkpoint
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
 
+# Minutes of them; a short form of the suite is part of every test run.
+whole = pytest.mark.skipif(os.environ.get("DINO_SD_FAULTS") != "whole", reason="`make test-faults` runs it")
+
+
 def start(yaml: Path, run: Path, ranks: int = 1, script: str | None = None, **changes: Any) -> subprocess.Popen:
     """The training command; script: Python that is run before it, in the same process."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []

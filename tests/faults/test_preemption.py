@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_identical
-from faults.conftest import finish, metrics, newest_step, ranks_of, start, wait_for
 
 from dino_sd import checkpoint
 from dino_sd.train import train
+from faults.conftest import finish, metrics, newest_step, ranks_of, start, wait_for, whole
 
 LONG = {"steps": 60, "checkpoint__every": "steps=20", "log__every": 5}
 
@@ -33,7 +33,9 @@ def stop_asked(run: Path) -> None:
     (run / "stop").touch()
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGUSR1", "stop"])
+@pytest.mark.parametrize(
+    "how", ["SIGTERM", "stop", pytest.param("SIGINT", marks=whole), pytest.param("SIGUSR1", marks=whole)]
+)
 def test_one_process(tiny_yaml: Path, tmp_path: Path, straight: dict[int, Path], how: str):
     run = tmp_path / "run"
     process = start(tiny_yaml, run, **LONG)
@@ -54,7 +56,7 @@ def test_one_process(tiny_yaml: Path, tmp_path: Path, straight: dict[int, Path],
     assert metrics(run) == metrics(straight[1])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=whole), 1])
 def test_one_of_two_ranks(tiny_yaml: Path, tmp_path: Path, straight: dict[int, Path], victim: int):
     run = tmp_path / "run"
     process = start(tiny_yaml, run, ranks=2, **LONG)
@@ -102,7 +104,7 @@ Photometry.__call__ = call
     assert newest is not None and checkpoint.load(newest)["step"] == checkpoint.step_of(newest) == 10
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=whole)])
 def test_another_number_of_ranks_in_mid_run(tiny, tiny_yaml: Path, tmp_path: Path, before: int, after: int):
     from conftest import largest_difference
 
