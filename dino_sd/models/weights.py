@@ -1,5 +1,6 @@
 """Weights files into backbones: nothing is unpickled but tensors, and nothing is left out in silence."""
 
+import argparse
 import pickle
 import re
 from collections.abc import Iterable
@@ -24,14 +25,19 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
     Wrappers' prefixes (`module.`, `_orig_mod.`, `backbone.`, `model.`) are taken off; where there is a `backbone.`,
     heads beside it are left out. Raises UserError where the file is missing, broken, holds anything but tensors and
-    plain containers (such a pickle could run code: it is not opened) or holds no weights.
+    plain containers (such a pickle could run code: it is not opened) or holds no weights. One class is allowed, the
+    argparse.Namespace that published files keep their arguments in.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights: {path} does not exist")
     found: Any
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # plain values, in published files; no other
+                found = torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"weights: {path} holds Python objects beside tensors and could run code, so it is not opened; "
