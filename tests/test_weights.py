@@ -147,11 +147,11 @@ def test_published_files_hold_a_namespace_and_nothing_else_is_allowed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    weights = {"module.backbone.a": torch.ones(2)}
-    torch.save({"student": weights, "args": argparse.Namespace(lr=0.1, arch="vit_small")}, tmp_path / "published.pth")
+    weights = {"module.a": torch.ones(2)}
+    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1, arch="vit_small")}, tmp_path / "published.pth")
     assert read_weights(tmp_path / "published.pth")["a"].tolist() == [1, 1]
     for name, arguments in (("evil", Evil()), ("inside", argparse.Namespace(x=Evil()))):
-        torch.save({"student": weights, "args": arguments}, tmp_path / f"{name}.pth")
+        torch.save({"state_dict": weights, "args": arguments}, tmp_path / f"{name}.pth")
         with pytest.raises(UserError, match="could run code, so it is not opened"):
             read_weights(tmp_path / f"{name}.pth")
     assert not (tmp_path / "ran").exists()
