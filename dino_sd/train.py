@@ -159,6 +159,7 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                         losses = model(groups, len(indices), labels, t)
                     loss = sum(losses.values()) / cfg.accumulate
                     loss.backward()  # pyright: ignore
+                losses = {name: value.detach() for name, value in losses.items()}  # without the graphs behind them
                 parts.append(Part(indices, losses, loss.detach() * cfg.accumulate, method.signs))  # pyright: ignore
             norm = clip_each_(parameters, cfg.optim.clip)
             # The one number a step that is waited for: what is not finite must not get into weights, teacher or centre.

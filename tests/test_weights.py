@@ -148,7 +148,9 @@ def test_published_files_hold_a_namespace_and_nothing_else_is_allowed(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     weights = {"module.a": torch.ones(2)}
-    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1, arch="vit_small")}, tmp_path / "published.pth")
+    torch.save(
+        {"state_dict": weights, "args": argparse.Namespace(lr=0.1, arch="vit_small")}, tmp_path / "published.pth"
+    )
     assert read_weights(tmp_path / "published.pth")["a"].tolist() == [1, 1]
     for name, arguments in (("evil", Evil()), ("inside", argparse.Namespace(x=Evil()))):
         torch.save({"state_dict": weights, "args": arguments}, tmp_path / f"{name}.pth")
