@@ -42,12 +42,9 @@ def test_a_flipped_byte_in_any_file_of_a_run(tiny, tmp_path: Path, capsys):
             capsys.readouterr()
             saved = train(tiny(run, **options))
             said = capsys.readouterr().err
-            if path.name.startswith("step_00000010"):
-                assert "step_00000010.pt is damaged" in said and "going on from step 5" in said, (
-                    path.name,
-                    share,
-                    said,
-                )
+            harmless = path.suffix == ".sha256" and share > 0.9  # in the name behind the sum
+            if path.name.startswith("step_00000010") and not harmless:
+                assert "step_00000010.pt is damaged" in said and "going on from step 5" in said, (path.name, share)
             assert_identical(straight, saved)
 
 
