@@ -151,6 +151,13 @@ class Log(Settings):
     )
 
 
+class Health(Settings):
+    every: int = Field(default=50, ge=1, description="steps between two judgements of whether the run learns")
+    on_collapse: Literal["warn", "stop"] = Field(
+        default="warn", description="say that the run has collapsed, or end it (exit code 3)"
+    )
+
+
 class Data(Settings):
     """`data=X` alone is `data.source=X`."""
 
@@ -236,6 +243,7 @@ class Config(Settings):
     evaluate: Evaluate = Field(default_factory=lambda: Evaluate())
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint())
     log: Log = Field(default_factory=lambda: Log())
+    health: Health = Field(default_factory=lambda: Health())
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":

@@ -18,6 +18,7 @@ COLUMNS = (  # metric, its name on the progress line, format
     ("accuracy", "top-1", ".1f"),
     ("knn", "k-NN", ".1f"),
 )
+VERDICT = "health/verdict"  # what the line ends with
 
 
 def duration(seconds: float) -> str:
@@ -104,6 +105,7 @@ class Log:
         if "images_per_s" in self.latest:
             parts += [f"{self.latest['images_per_s']:.0f} images/s", f"data wait {self.latest['data_wait']:.0%}"]
         parts += [f"{name} {self.latest[key]:{spec}}" for key, name, spec in COLUMNS if key in self.latest]
+        parts += [self.latest[VERDICT]] if VERDICT in self.latest else []
         line = "  ".join(parts)
         # where it does not fit, a line each: what is cut off are the signs of collapse
         terminal = sys.stderr.isatty() and len(line) < shutil.get_terminal_size().columns

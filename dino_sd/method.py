@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_sd.health import feature_spread
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.heads import exit_of
 from dino_sd.schedule import Schedule
@@ -96,6 +97,8 @@ class SelfDistillation(nn.Module):
         self.momentum = momentum if teacher is not None else None
         self.result = "student" if self.momentum is None else "teacher"
         self.signs: dict[str, Tensor] = {}
+        self.pooled_BD = torch.empty(0)  # the result's features of the last images, first view
+        self.targets: tuple[Tensor, Tensor] | None = None  # see Term
 
     @property
     def wants_clean(self) -> bool:
@@ -136,8 +139,11 @@ class SelfDistillation(nn.Module):
             for name, term in self.terms.items()
             for sign, value in term.signs.items()  # pyright: ignore
         }
-        spread_of = teacher if self.momentum is not None and teacher.pooled else student
-        self.signs["feature_spread"] = feature_spread(spread_of.pooled[0])
+        result = teacher if self.momentum is not None and teacher.pooled else student
+        self.pooled_BD = result.pooled[0].detach()
+        self.signs["feature_spread"] = feature_spread(self.pooled_BD)
+        targets = (term.targets for term in self.terms.values())
+        self.targets = next((pair for pair in targets if pair is not None), None)  # pyright: ignore
         return losses
 
     def skip_step(self) -> None:
@@ -177,13 +183,3 @@ def deepest_heads(network: Network | nn.Module) -> list[str]:
     """Names of the heads that read the network's output."""
     heads: nn.ModuleDict = network.heads  # pyright: ignore
     return [name for name, head in heads.items() if exit_of(head) is None]
-
-
-@torch.no_grad()
-def feature_spread(pooled_ND: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of unit-length features, times sqrt(D).
-
-    About 1 for features spread over the sphere, 0 when every image gets the same one.
-    """
-    unit_ND = nn.functional.normalize(pooled_ND.float(), dim=-1)
-    return unit_ND.std(0, correction=0).mean() * unit_ND.shape[1] ** 0.5

@@ -98,12 +98,15 @@ class Term(nn.Module):
     needs: what it reads beside the student: "teacher", and what either saw of the clean image, "teacher.clean" and
     "student.clean".
     unlabelled: it learns from images without a label too.
+    targets: of the last step, where it made targets without labels: their mean (K,) and which of the K outputs is the
+    largest in each (N,), so that one can tell whether they differ between images.
     """
 
     anchor: bool = False
     needs: frozenset[str] = frozenset()
     unlabelled: bool = True
     signs: dict[str, Tensor]
+    targets: tuple[Tensor, Tensor] | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ from dino_sd.distributed import (
     world_size,
 )
 from dino_sd.errors import Diverged, Interrupted
+from dino_sd.health import Health
 from dino_sd.log import Log
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
 from dino_sd.preemption import Requests
@@ -80,7 +81,12 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
     optimizer = make_optimizer(cfg.optim.name, method.student)
     scores = resumed["scores"] if resumed else {}
     window, skipped = Window(), {"count": 0, "in_a_row": 0}
+    health = Health(
+        every=cfg.health.every, stop=cfg.health.on_collapse == "stop", warmup=length.of(cfg.optim.warmup),
+        steps=length.steps,
+    )  # fmt: skip
     if resumed:
+        health.load_state_dict(resumed["health"], device)
         method.student.load_state_dict(resumed["student"])
         method.teacher.load_state_dict(resumed["teacher"])
         method.terms.load_state_dict(resumed["terms"])
@@ -160,7 +166,8 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                     loss = sum(losses.values()) / cfg.accumulate
                     loss.backward()  # pyright: ignore
                 losses = {name: value.detach() for name, value in losses.items()}  # without the graphs behind them
-                parts.append(Part(indices, losses, loss.detach() * cfg.accumulate, method.signs))  # pyright: ignore
+                value = loss.detach() * cfg.accumulate  # pyright: ignore
+                parts.append(Part(indices, losses, value, method.signs, method.pooled_BD, method.targets))
             norm = clip_each_(parameters, cfg.optim.clip)
             # The one number a step that is waited for: what is not finite must not get into weights, teacher or centre.
             total = torch.stack([norm, *(part.loss for part in parts)]).sum()
@@ -177,10 +184,13 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                 anomalies.in_a_row = 0
                 for part in parts:
                     window.add({"loss": part.loss, **part.signs}, 1 / cfg.accumulate)
+                    health.see(done, {"loss": part.loss, **part.signs}, part.pooled_BD, part.targets)
                 window.add({"gradient_norm": norm})
                 for parameter in method.frozen_parameters(t):
                     parameter.grad = None
+                health.before_step(done, parameters)
                 optimizer.step()
+                health.after_step(parameters, norm)
                 method.after_step(t)
                 norms.keep()
                 window.step()
@@ -190,13 +200,18 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                 return_free_memory()
 
             final = done == length.steps
+            judged = health.judge(done)
             if done % cfg.log.every == 0 or final:
                 values = {**window.means(), "lr": slowed * learning_rate(t), "epoch": done / length.steps_per_epoch}
                 values |= {"bad_files": count} if (count := bad_files.share()) else {}
                 values |= {"skipped_steps": anomalies.count} if anomalies.count else {}
-                log.write(done, values)
+                log.write(done, values | judged)
                 log.progress(done)
                 check_equal_weights(method, done)
+            elif judged:
+                log.write(done, judged)
+            if judged:
+                health.act()
             if due.evaluate(done) or (final and due.evaluates):
                 scores = evaluate(method)
                 log.write(done, scores)
@@ -204,7 +219,7 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                 window.restart_clock()
             if due.checkpoint(done) or final or asked:
                 saved = checkpoint.path_of(run, done)
-                sums = window.of_ranks()
+                sums, watched = window.of_ranks(), health.state_dict()
                 if is_main():
                     state = {
                         "step": done, "steps": length.steps, "config": plain(cfg), "data": data,
@@ -212,6 +227,7 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                         "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
                         "optimizer": optimizer.state_dict(), "window": sums, "window_steps": window.steps,
                         "scores": scores, "ranks": world_size(), "slowed": slowed, "skipped": anomalies.state(),
+                        "health": watched,
                     }  # fmt: skip
                     saver.save(saved, state, log.latest)
             if asked and not final:
@@ -228,12 +244,17 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
 
 
 class Part(NamedTuple):
-    """What a part of a step's batch came to. indices: of its images, on the CPU. losses: weighted, by term."""
+    """What a part of a step's batch came to. indices: of its images, on the CPU. losses: weighted, by term.
+
+    pooled_BD, targets: see SelfDistillation.
+    """
 
     indices: Tensor
     losses: dict[str, Tensor]
     loss: Tensor
     signs: dict[str, Tensor]
+    pooled_BD: Tensor
+    targets: tuple[Tensor, Tensor] | None
 
 
 class BatchNorms:

@@ -152,7 +152,9 @@ class Dino(Term):
                 "loss_share": loss.detach() / most,
                 "teacher_entropy": entropy / most,
                 "kl": (loss.detach() - entropy) / most,
+                "center_rms": self.center.norm() / len(self.center) ** 0.5,
             }
+            self.targets = probs_GBK.mean((0, 1)), probs_GBK.argmax(-1).flatten()
         return loss
 
     def after_step(self, t: float) -> None:
