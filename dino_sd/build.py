@@ -20,7 +20,7 @@ from dino_sd.data.source import Source, labelled_often, labelled_only, name_of, 
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import cores, local_world_size, say, world_size
 from dino_sd.errors import UserError
-from dino_sd.load import load_model
+from dino_sd.loading import load_model
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,26 @@ def setup(device_name: str = "auto", timeout_s: float = 600) -> torch.device:
 
 def _store(timeout: timedelta) -> dist.Store:
     """Where ranks find each other. Started again by torchrun, they must not find those who were there before: its
-    store is still the same one, with the addresses of processes that are gone."""
+    store is still the same one, with the addresses of processes that are gone.
+
+    So that rank 0 opens a place of its own, and another rank enters once rank 0 has answered it there: one that is gone
+    never does. (torchrun's count of restarts cannot name the place: each machine has its own.)
+    """
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"dino_sd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{world_size()}", store)
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank() == 0:
+        store.set("dino_sd/place", mine)
+        for other in range(1, world_size()):
+            store.set(f"{mine}/{store.get(f'{mine}/{other}').decode()}", "welcome")
+        return dist.PrefixStore(mine, store)
+    while True:
+        place = store.get("dino_sd/place").decode()
+        store.set(f"{place}/{rank()}", mine)
+        time.sleep(0.02)
+        if store.check([f"{place}/{mine}"]):
+            return dist.PrefixStore(place, store)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {rank()}: no answer from rank 0 in {timeout.total_seconds():g} s")
 
 
 def any_rank(*flags: bool) -> tuple[bool, ...]:

@@ -27,7 +27,7 @@ from dino_sd.errors import UserError
 from dino_sd.evaluators.accuracy import scores_of
 from dino_sd.evaluators.knn import knn
 from dino_sd.evaluators.linear import linear_probe
-from dino_sd.load import load_model, shallow
+from dino_sd.loading import load_model, shallow
 from dino_sd.method import Network
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model, check_same_classes

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dino_sd.distributed import is_main
 from dino_sd.errors import UserError
-from dino_sd.load import load_model, shallow
+from dino_sd.loading import load_model, shallow
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.heads import Classifier
 from dino_sd.models.model import Model

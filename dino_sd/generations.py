@@ -16,7 +16,7 @@ from dino_sd.distributed import barrier, is_main, say, setup
 from dino_sd.errors import UserError
 from dino_sd.evaluate import class_logits, write_json
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
-from dino_sd.load import load_model
+from dino_sd.loading import load_model
 from dino_sd.recipe import finish
 from dino_sd.settings import plain
 from dino_sd.train import train

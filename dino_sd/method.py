@@ -86,8 +86,8 @@ class SelfDistillation(nn.Module):
         momentum: Schedule | None,
     ):
         super().__init__()
-        own = {id(parameter) for parameter in student.parameters()}
-        if teacher is not None and any(id(parameter) in own for parameter in teacher.parameters()):
+        own = {parameter.data_ptr() for parameter in student.parameters()} - {0}  # 0: no memory, on a meta device
+        if teacher is not None and any(parameter.data_ptr() in own for parameter in teacher.parameters()):
             raise ValueError("teacher and student share parameters: the teacher would be the student, and collapse")
         self.student = student
         self.teacher = nn.Module() if teacher is None else teacher.requires_grad_(False)  # an empty one has no weights

@@ -14,7 +14,7 @@ from dino_sd.embed import embed, last_blocks, pooled
 from dino_sd.errors import UserError
 from dino_sd.evaluate import evaluate_knn, evaluate_linear, labelled_pair
 from dino_sd.evaluators.knn import knn
-from dino_sd.load import Model, load_model
+from dino_sd.loading import Model, load_model
 from dino_sd.models.backbone import Backbone, Features
 from dino_sd.settings import parse
 

@@ -7,7 +7,7 @@ import dino_sd.export
 from dino_sd import checkpoint
 from dino_sd.errors import UserError
 from dino_sd.export import export, verify, write_timm
-from dino_sd.load import load_model
+from dino_sd.loading import load_model
 from dino_sd.models.backbone import Backbone
 
 TINY = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}

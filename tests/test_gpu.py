@@ -25,7 +25,7 @@ from dino_sd.data.loader import Batch, Batches
 from dino_sd.data.photometry import Photometry
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.export import export
-from dino_sd.load import load_model
+from dino_sd.loading import load_model
 from dino_sd.method import SelfDistillation
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
 from dino_sd.train import Window, ahead, on_device, seed_of, train

@@ -24,7 +24,7 @@ from dino_sd.evaluate import class_logits, evaluate_accuracy
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
 from dino_sd.export import export
 from dino_sd.generations import generation_config, generations
-from dino_sd.load import load_model
+from dino_sd.loading import load_model
 from dino_sd.models.backbone import Backbone
 from dino_sd.plan import plan
 from dino_sd.train import train

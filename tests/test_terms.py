@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dino_sd import build, losses, terms
 from dino_sd.errors import UserError
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities, scores_of
-from dino_sd.load import shallow
+from dino_sd.loading import shallow
 from dino_sd.losses import hits, label_loss, label_losses, softened_kl, taught_loss
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
