@@ -74,13 +74,13 @@ def watch(process: subprocess.Popen, run: Path) -> list[dict[str, float]]:
 
 
 def holdings(pid: int) -> dict[str, float]:
-    """Proportional memory, open files and threads of a process and its children; nothing where one has just ended."""
+    """Memory of its own, open files and threads of a process and its children; nothing where one has just ended."""
     total = {"memory, MB": 0.0, "open files": 0.0, "threads": 0.0}
     try:
         children = [Path(task, "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
         for each in (pid, *(int(child) for found in children for child in found)):
             rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-            total["memory, MB"] += next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss:")) / 1024
+            total["memory, MB"] += next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss_Anon:")) / 1024
             total["open files"] += len(os.listdir(f"/proc/{each}/fd"))
             total["threads"] += len(os.listdir(f"/proc/{each}/task"))
     except (OSError, StopIteration):
