@@ -80,7 +80,9 @@ def holdings(pid: int) -> dict[str, float]:
         children = [Path(task, "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
         for each in (pid, *(int(child) for found in children for child in found)):
             rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
-            total["memory, MB"] += next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss_Anon:")) / 1024
+            total["memory, MB"] += (
+                next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss_Anon:")) / 1024
+            )
             total["open files"] += len(os.listdir(f"/proc/{each}/fd"))
             total["threads"] += len(os.listdir(f"/proc/{each}/task"))
     except (OSError, StopIteration):

@@ -222,7 +222,8 @@ def _create(name: str, size: tuple[int, int], pretrained: bool, args: dict[str, 
             raise UserError(f"model={name}: timm cannot build it: {_first_line(error)}") from None
         except Exception as error:
             if not pretrained:
-                raise
+                problem = f"{type(error).__name__}: {_first_line(error)}"
+                raise UserError(f"model={name}: timm cannot build it with model_args ({problem})") from None
             raise UserError(
                 f"model={name}: its pretrained weights cannot be had ({type(error).__name__}: {_first_line(error)}); "
                 f"check the network, or put the weights in a folder and use that"
