@@ -50,6 +50,8 @@ def load_model(
     path = Path(spec).expanduser()
     if path.is_file() and path.name in WEIGHTS and (path.parent / "config.json").is_file():
         path = path.parent
+    if network is not None and (spec == "pixels" or spec.startswith("timm:")):
+        raise UserError(f"network={network}: MODEL {spec} is one network alone; leave network out")
     if spec == "pixels":
         model = _pixels(channels or 3)
     elif spec.startswith("timm:"):

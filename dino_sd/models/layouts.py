@@ -59,13 +59,14 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Left out is the mask token, which training alone reads. With registers, timm adds the class token's position to it
     and keeps positions of patches only.
     """
-    named: dict[str, Tensor] = {}
-    for key, value in state.items():
-        key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)  # chunks keep the numbers of their blocks
-        named[key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")] = value
-    scaled = "mask_token" in named or any(key.endswith(".ls1.gamma") for key in named)  # else it is not DINOv2's
-    named.pop("mask_token", None)
-    if scaled and {"register_tokens", "cls_token", "pos_embed"} <= named.keys():
+    if "mask_token" not in state and not any(key.endswith(".ls1.gamma") for key in state):
+        return state
+    named = {key: value for key, value in state.items() if key != "mask_token"}
+    # Chunks of blocks go on counting. Where numbers begin anew in each, these are stages of another architecture.
+    whole = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in named.items()}
+    named = whole if len(whole) == len(named) else named
+    named = {key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for key, v in named.items()}
+    if {"register_tokens", "cls_token", "pos_embed"} <= named.keys():
         named["reg_token"] = named.pop("register_tokens")
         named["cls_token"] = named["cls_token"] + named["pos_embed"][:, :1]
         named["pos_embed"] = named["pos_embed"][:, 1:]
