@@ -91,8 +91,8 @@ def _vit(state: dict[str, Tensor], arguments: dict[str, Any], where: str) -> Lay
     gated = hidden is not None and inner is not None and hidden.shape[0] == 2 * inner.shape[1]  # SwiGLU
 
     args: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth}
-    if width in WIDTHS.values():
-        args["num_heads"] = width // 64
+    if isinstance(arguments.get("num_heads"), int) or width in WIDTHS.values():
+        args["num_heads"] = arguments.get("num_heads") or width // 64
     if hidden is not None and hidden.shape[0] != 4 * width:
         args["mlp_ratio"] = (hidden.shape[0] + 0.5) / width  # timm cuts the product off: the half keeps it whole
     if _first(state, r"blocks\.\d+\.attn\.qkv\.bias") is None:
