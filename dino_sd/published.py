@@ -17,6 +17,8 @@ from dino_sd.models.model import Model
 from dino_sd.models.weights import load_into, network_of, strip_prefixes
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
+KINDS = ("DINO", "DINOv2", "ResNet")  # of layouts that are found out from tensors
+OWN_TAGS = ("dino", "lvd142m")  # of timm's names for the same weights
 
 
 def from_content(
@@ -28,9 +30,10 @@ def from_content(
 ) -> Model:
     """The model in a file's content, as `read_file` gives it.
 
-    architecture: a timm name, for weights whose architecture is not found out from their tensors; what they need of
-    images is then what timm says. model_args: what timm is to build otherwise, such as num_heads. Raises UserError
-    where the weights do not fit, and where the number of attention heads is not known.
+    architecture: a timm name, for weights whose architecture is not found out from their tensors; where these are none
+    of DINO's, or it has the tag of others, what they need of images is what timm says. model_args: what timm is to
+    build otherwise, such as num_heads. Raises UserError where the weights do not fit, and where the number of attention
+    heads is not known.
     """
     raw, chosen = network_of(found, path, network)
     found = found if isinstance(found, dict) else {}
@@ -50,16 +53,16 @@ def from_content(
         )
     if layout.position_resize == "dino" and type(backbone.model) is VisionTransformer and backbone.prefix_tokens == 1:
         backbone.resize_as_dino_()
-    size, crop, mean, std = _images(layout, architecture)
+    whose, crop, mean, std = _images(layout)
     epoch, center = found.get("epoch"), (found.get("dino_loss") or {}).get("center")
     return Model(
-        backbone, size, crop, mean, std, f"{_name(layout, backbone)}{_which(chosen, epoch, arguments)} ({path})",
+        backbone, layout.size, crop, mean, std, f"{_name(layout, backbone)}{_which(chosen, epoch, arguments)} ({path})",
         {
             "weights": str(path), "kind": layout.kind, "network": chosen, "epoch": epoch, "arguments": arguments,
             "position_resize": backbone.position_resize,
             "versions": {"dino_sd": __version__, "torch": torch.__version__, "timm": timm.__version__},
         },
-        notes=[*notes, _assumed(layout, backbone, architecture)],
+        notes=[*notes, _assumed(layout, whose, backbone)],
         projection=projection_of(raw, str(path)),
         center=center.flatten() if isinstance(center, Tensor) else None,
     )  # fmt: skip
@@ -82,26 +85,27 @@ def _layout(state: dict[str, Tensor], arguments: dict[str, Any], path: Path, arc
                 f"it expects of images is unknown; say architecture=NAME, its name in timm with the tag of its weights"
             )
         return seen
+    tag = architecture.partition(".")[2]
+    if seen is not None and not classifies and tag in ("", *OWN_TAGS):
+        return seen._replace(architecture=architecture, model_args={})
     images = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
     own = (images.input_size[1], images.input_size[2]) if images else (224, 224)  # Backbone refuses unknown names
-    way = seen.position_resize if seen is not None and not classifies else "timm"
     made_for = seen.made_for if seen is not None and seen.kind != "ResNet" else own
-    channels = seen.channels if seen is not None else 3
-    return Layout(architecture, architecture, {}, channels, made_for, made_for, way)
+    return Layout(architecture, architecture, {}, seen.channels if seen else 3, made_for, made_for, "timm")
 
 
-def _images(layout: Layout, architecture: str | None) -> tuple[tuple[int, int], float, list[float], list[float]]:
-    """(size, crop, mean, std)."""
-    cfg = timm.get_pretrained_cfg(architecture) if architecture else None
-    if cfg is not None and layout.channels == 3:
-        return layout.size, cfg.crop_pct or PUBLISHED_CROP, list(cfg.mean), list(cfg.std)
-    mean, std = (MEAN, STD) if layout.channels == 3 else ([0.5] * layout.channels, [0.5] * layout.channels)
-    return layout.size, PUBLISHED_CROP, list(mean), list(std)
+def _images(layout: Layout) -> tuple[str, float, list[float], list[float]]:
+    """(whose mean and std these are, crop, mean, std)."""
+    if layout.channels != 3:
+        return "0.5", PUBLISHED_CROP, [0.5] * layout.channels, [0.5] * layout.channels
+    if layout.kind in KINDS:
+        return "ImageNet's", PUBLISHED_CROP, list(MEAN), list(STD)
+    cfg = timm.get_pretrained_cfg(layout.architecture)
+    assert cfg is not None
+    return "timm's for this name", cfg.crop_pct or PUBLISHED_CROP, list(cfg.mean), list(cfg.std)
 
 
-def _assumed(layout: Layout, backbone: Backbone, architecture: str | None) -> str:
-    whose = "timm's for this name" if architecture and layout.channels == 3 else "ImageNet's"
-    whose = whose if layout.channels == 3 else "0.5"
+def _assumed(layout: Layout, whose: str, backbone: Backbone) -> str:
     way = ", and other sizes resize positions as its authors do" if backbone.position_resize == "dino" else ""
     made = f" (its positions are for {layout.made_for[0]}x{layout.made_for[1]})" * (layout.size != layout.made_for)
     return (
