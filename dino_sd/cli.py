@@ -31,7 +31,9 @@ DATA = (
     "fashion-mnist-mini:train|test (ships with the package). Several: 'data=[A,B]' 'data.weights=[1,2]'."
 )
 MODEL = (
-    "MODEL is a run folder, a checkpoint, an export folder, timm:NAME, or `pixels` for the raw images as a baseline."
+    "MODEL is a run folder, a checkpoint, an export or other folder in timm's format, a file of weights as DINO and "
+    "DINOv2 were published (x.pth, or 'x.pth,num_heads=2' for what it does not say of itself), timm:NAME, or `pixels` "
+    "for the raw images as a baseline."
 )
 
 
