@@ -36,7 +36,7 @@ def seconds(bare: bool, pairs: list[str]) -> tuple[float, float]:
         train.Health, train.BatchNorms = Nothing, Nothing  # pyright: ignore
         train.check_equal_weights = lambda *args: None
         train.any_rank = lambda *flags: (False, False)
-        checkpoint.Saver.save = lambda *args: None
+        checkpoint.Saver.save = lambda *args: None  # pyright: ignore
     with tempfile.TemporaryDirectory() as folder:
         given = ["epochs=null", "steps=1000", "evaluate.every=null", f"out={folder}/run", *pairs]
         cfg = recipe.load_config(RECIPE, given)
