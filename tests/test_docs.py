@@ -185,11 +185,14 @@ def workers() -> list[tuple[str, str]]:
     found = []
     for command in ast.parse((ROOT / "dino_sd/cli.py").read_text()).body:
         if isinstance(command, ast.FunctionDef):
-            imports = [node for node in ast.walk(command) if isinstance(node, ast.ImportFrom)]
-            found += [(node.module.removeprefix("dino_sd."), node.names[0].name) for node in imports if node.module]  # pyright: ignore
-    known = {module: importlib.import_module(f"dino_sd.{module}") for module, _ in found if module != "dino_sd"}
-    passive = ("config", "recipe", "settings", "dino_sd")
-    return [(m, f) for m, f in found if m not in passive and callable(getattr(known[m], f, None))]
+            imports = [node for node in ast.walk(command) if isinstance(node, ast.ImportFrom) and node.module]
+            found += [(str(node.module).removeprefix("dino_sd."), name.name) for node in imports for name in node.names]
+    found += [(module, f"evaluate_{name}") for name, (module, _) in getattr(cli, "EVALUATORS", {}).items()]
+    passive = ("dino_sd", "config", "evaluator_config", "recipe", "settings")
+    found = [(module, name) for module, name in dict.fromkeys(found) if module not in passive]
+    for module, _ in found:
+        importlib.import_module(f"dino_sd.{module}")  # before any is patched: they import each other's functions
+    return found
 
 
 @pytest.fixture(scope="session")
