@@ -21,7 +21,7 @@ FLOORS = {
     "config": 0, "schedule": 0, "losses": 0, "progress": 0,
     "models": 0,
     "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1,
-    "allocator": 1,
+    "allocator": 1, "nearest": 1,
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2,
     "build": 3, "run": 3, "validation": 3, "suggestions": 3,
     "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
