@@ -18,14 +18,15 @@ from dino_sd.train import train
 
 FLOORS = {
     "errors": -2, "": -2, "settings": -1, "shapes": -1, "distributed": -1,
-    "config": 0, "schedule": 0, "losses": 0, "progress": 0,
+    "config": 0, "evaluator_config": 0, "schedule": 0, "losses": 0, "progress": 0,
     "models": 0,
     "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1,
     "allocator": 1, "nearest": 1,
-    "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2,
-    "build": 3, "run": 3, "validation": 3, "suggestions": 3,
-    "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
-    "quickstart": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5,
+    "subsets": 1, "intervals": 1, "softmax": 1, 
+    "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2, "feature_cache": 2,
+    "build": 3, "features": 3, "tables": 3, "run": 3, "validation": 3, "suggestions": 3,
+    "train": 4, "evaluate": 4, "segment": 4, "embed_files": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
+    "quickstart": 5, "suite": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5,
     "bench_data": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip

@@ -16,8 +16,8 @@ class RetrievalResult(NamedTuple):
     """Of every query that has an image to find, float64 and 0 to 1.
 
     average_precision_N: the area under precision over recall. recall_N: {k: whether one of the k nearest images is of
-    the query's class}, which is what "recall at k" means where one match is enough (Jegou et al. 2011). left_out: queries
-    with nothing to find.
+    the query's class}, which is what "recall at k" means where one match is enough (Jegou et al. 2011). left_out:
+    queries with nothing to find.
     """
 
     average_precision_N: Tensor
@@ -61,7 +61,7 @@ def retrieval(
             own_N = torch.arange(len(rows_NM), device=device)
             rows_NM[own_N, own_from + start + own_N] = -torch.inf
             same_NM[own_N, own_from + start + own_N] = False
-        same_NM = same_NM.gather(1, rows_NM.argsort(1, descending=True, stable=True))
+        same_NM = same_NM.gather(1, rows_NM.argsort(dim=1, descending=True, stable=True))
         found_NM = same_NM.cumsum(1, dtype=torch.int32)
         precisions.append(((found_NM / place_M) * same_NM).sum(1) / found_NM[:, -1])  # 0 / 0 where nothing is to find
         hits.append(torch.stack([found_NM[:, count - 1] > 0 for count in ks], 1))
