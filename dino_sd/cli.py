@@ -1,5 +1,6 @@
 """The commands. Each unpacks its arguments, calls one function, and knows nothing more."""
 
+import importlib
 import os
 import sys
 import traceback
@@ -74,10 +75,10 @@ def train_settings() -> Any:
 
 
 def class_settings(name: str) -> Any:
-    from dino_sd import config
+    from dino_sd import config, evaluator_config
     from dino_sd.settings import fields
 
-    return fields(getattr(config, name), {})
+    return fields(getattr(config, name, None) or getattr(evaluator_config, name), {})
 
 
 DURATIONS = (
@@ -178,32 +179,45 @@ def views(
     print(run(data, pairs or [], images, epoch, out))
 
 
-@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
-def knn(
-    model: str,
-    pairs: Annotated[list[str] | None, PAIRS] = None,
-    json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of knn.", lambda: class_settings("KnnSettings"))] = False,
-) -> None:
-    """Weighted k-NN of a frozen backbone: dino-sd knn MODEL train=DATA test=DATA."""
-    from dino_sd.config import KnnSettings
-    from dino_sd.evaluate import evaluate_knn
+EVALUATORS = {  # name: (the module that has its function, help)
+    "knn": ("evaluate", "Weighted k-NN of a frozen backbone: dino-sd knn MODEL train=DATA test=DATA."),
+    "linear": ("evaluate", "Linear probe on a frozen backbone: dino-sd linear MODEL train=DATA test=DATA."),
+    "logistic": (
+        "evaluate",
+        "Logistic regression on frozen features: dino-sd logistic MODEL train=DATA test=DATA share=0.01,0.1,1.",
+    ),
+    "retrieval": ("evaluate", "Are the nearest images of the same class? dino-sd retrieval MODEL test=DATA."),
+    "segmentation": (
+        "segment", "Classes of pixels from frozen patches: dino-sd segmentation MODEL train=FOLDER test=FOLDER."
+    ),
+    "ranks": ("evaluate", "How features fill their space, without labels: dino-sd ranks MODEL test=DATA."),
+}  # fmt: skip
 
-    evaluate_knn(model, settings(KnnSettings, pairs), json_only=json)
+
+def add_evaluator(name: str, module: str, text: str) -> None:
+    """One command for each: they differ in their settings alone."""
+    cls = f"{name.capitalize()}Settings"
+
+    def command(
+        model: str,
+        pairs: Annotated[list[str] | None, PAIRS] = None,
+        json: Annotated[bool, JSON] = False,
+        help: Annotated[bool, help_option(f"\nSettings of {name}.", lambda: class_settings(cls))] = False,
+    ) -> None:
+        from dino_sd import evaluator_config
+
+        run = getattr(importlib.import_module(f"dino_sd.{module}"), f"evaluate_{name}")
+        run(model, settings(getattr(evaluator_config, cls), pairs), json_only=json)
+
+    app.command(name, add_help_option=False, help=text, epilog=f"{MODEL}\n\n{DATA}")(command)
 
 
-@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
-def linear(
-    model: str,
-    pairs: Annotated[list[str] | None, PAIRS] = None,
-    json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of linear.", lambda: class_settings("LinearSettings"))] = False,
-) -> None:
-    """Linear probe on a frozen backbone: dino-sd linear MODEL train=DATA test=DATA."""
-    from dino_sd.config import LinearSettings
-    from dino_sd.evaluate import evaluate_linear
+for name, (module, text) in EVALUATORS.items():
+    add_evaluator(name, module, text)
 
-    evaluate_linear(model, settings(LinearSettings, pairs), json_only=json)
+
+def evaluate_settings() -> Any:
+    return [*class_settings("AccuracySettings"), *class_settings("SuiteSettings")]
 
 
 @app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
@@ -211,13 +225,36 @@ def evaluate(
     model: str,
     pairs: Annotated[list[str] | None, PAIRS] = None,
     json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of evaluate.", lambda: class_settings("AccuracySettings"))] = False,
+    help: Annotated[bool, help_option("\nSettings of evaluate: with test=, with suite=.", evaluate_settings)] = False,
 ) -> None:
-    """Accuracy of a model trained with labels, of its exits and of all together: dino-sd evaluate MODEL test=DATA."""
-    from dino_sd.config import AccuracySettings
-    from dino_sd.evaluate import evaluate_accuracy
+    """Run a list of evaluators: dino-sd evaluate MODEL suite=FILE.
 
-    evaluate_accuracy(model, settings(AccuracySettings, pairs), json_only=json)
+    Or, of a model trained with labels, its accuracy, that of its exits and of all together: evaluate MODEL test=DATA.
+    """
+    from dino_sd.evaluate import evaluate_accuracy
+    from dino_sd.evaluator_config import AccuracySettings, SuiteSettings
+    from dino_sd.suite import evaluate_suite
+
+    if any(pair.startswith("suite=") for pair in pairs or []):
+        evaluate_suite(model, settings(SuiteSettings, pairs), json_only=json)
+    else:
+        evaluate_accuracy(model, settings(AccuracySettings, pairs), json_only=json)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def embed(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[bool, help_option("\nSettings of embed.", lambda: class_settings("EmbedSettings"))] = False,
+) -> None:
+    """Features of a whole set in one file, with names and labels: dino-sd embed MODEL DATA out=features.npz."""
+    from dino_sd.embed_files import embed_files
+    from dino_sd.evaluator_config import EmbedSettings
+
+    written = embed_files(model, data, settings(EmbedSettings, pairs))
+    if is_main():
+        print(written)
 
 
 @bench_app.command("step")

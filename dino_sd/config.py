@@ -1,4 +1,4 @@
-"""The settings of a run and of the evaluators: typed trees. They know no objects; build.py makes those."""
+"""The settings of a run and of what is done with it: typed trees. They know no objects; build.py makes those."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -276,77 +276,11 @@ class Config(Settings):
         return self
 
 
-class JudgeSettings(Settings):
-    """What everything takes that judges a frozen model."""
-
-    test: str = Field(description="labelled set that is judged: DATA")
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="loader processes a rank"
-    )
-    precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute")
-    network: Literal["teacher", "student"] | None = Field(
-        default=None, description="of a checkpoint; null: the run's result"
-    )
-    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
-    out: str | None = Field(default=None, description="JSON file; null: evaluations/ beside the model")
-
-
-class EvaluatorSettings(JudgeSettings):
-    """What every evaluator of a frozen backbone takes."""
-
-    train: str = Field(description="labelled set to learn from: DATA")
-    channels: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="for MODEL `pixels` only: 1 is gray, 3 RGB; null: 3"
-    )
-
-
-class AccuracySettings(JudgeSettings):
-    """Accuracy of a model's own classifiers, exits and their ensemble."""
-
-    batch_size: int = Field(default=256, ge=1, description="images at a time")
-
-
 class GenerationsSettings(Settings):
     """A chain of born-again runs."""
 
     generations: int = Field(default=3, ge=1, description="born-again runs after the first, which learns from labels")
     stop_early: bool = Field(default=False, description="stop after a generation that is no better than its parent")
-
-
-class KnnSettings(EvaluatorSettings):
-    """Weighted k-NN on frozen features (Caron et al. 2021, appendix F.1)."""
-
-    k: Annotated[list[int], BeforeValidator(as_list)] = Field(
-        default=[20], description="neighbours that vote; one or a list"
-    )
-    temperature: float = Field(default=0.07, gt=0, description="a vote weighs exp(similarity / temperature)")
-    batch_size: int = Field(default=256, ge=1, description="images at a time")
-
-
-class LinearSettings(EvaluatorSettings):
-    """Linear probe on frozen features (Caron et al. 2021, appendix F.2)."""
-
-    blocks: int | None = Field(
-        default=None,
-        ge=1,
-        description="last blocks whose pooled outputs are concatenated; null: 4 with a class token, else 1",
-    )
-    pool: Literal["cls", "mean", "cls+mean"] = Field(
-        default="cls",
-        description="class token (or the model's own pooling) of each block; mean: of the last block's patches",
-    )
-    lr: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(as_list), Field(min_length=1)] = Field(
-        default=[0.001, 0.003, 0.01, 0.03, 0.1],
-        description="learning rate for 256 images a step; of a list, the best on a tenth of the training set is taken",
-    )
-    epochs: int = Field(default=100, ge=1, description="passes over the training set")
-    batch_size: int = Field(default=1024, ge=1, description="features a step")
-    augment: bool = Field(
-        default=False, description="random resized crops and flips; features are computed anew every epoch"
-    )
-    seed: int = Field(default=0, ge=0, description="order of the features and first weights")
-    embed_batch_size: int = Field(default=256, ge=1, description="images at a time through the backbone")
 
 
 class ExportSettings(Settings):
