@@ -140,12 +140,14 @@ def export(
     pairs: Annotated[list[str] | None, PAIRS] = None,
     help: Annotated[bool, help_option("\nSettings of export.", lambda: class_settings("ExportSettings"))] = False,
 ) -> None:
-    """Write the backbone for other tools: dino-sd export MODEL out=DIR."""
+    """Write the backbone for other tools: dino-sd export MODEL out=DIR format=timm,onnx."""
     from dino_sd.config import ExportSettings
     from dino_sd.export import export as run
 
     chosen = settings(ExportSettings, pairs)
-    run(model, chosen.out, chosen.format, chosen.network, chosen.exit)
+    run(
+        model, chosen.out, chosen.format, chosen.network, chosen.exit, chosen.dynamic_size, chosen.preprocess
+    )  # fmt: skip
 
 
 JSON = typer.Option("--json", help="print one JSON object on stdout and nothing else there")

@@ -283,13 +283,25 @@ class GenerationsSettings(Settings):
     stop_early: bool = Field(default=False, description="stop after a generation that is no better than its parent")
 
 
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 class ExportSettings(Settings):
     out: str = Field(description="folder of the export")
-    format: Literal["timm"] = Field(default="timm", description="timm: a folder for timm.create_model('local-dir:DIR')")
+    format: Annotated[list[str], BeforeValidator(_split), Field(min_length=1)] = Field(
+        default=["timm"],
+        description="one or several, with commas between: timm (also for transformers and torch.hub), torchvision "
+        "(ResNets), onnx (extra: onnx), pt2 (torch.export), safetensors (the weights alone)",
+    )
     network: Literal["teacher", "student"] | None = Field(
         default=None, description="of a checkpoint; null: the run's result"
     )
-    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block alone, from 1")
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage alone")
+    dynamic_size: bool = Field(default=False, description="onnx, pt2: height and width are free, as the batch is")
+    preprocess: bool = Field(
+        default=False, description="onnx, pt2: takes uint8 pixels of the right size; mean and std are in the graph"
+    )
 
 
 class InspectSettings(Settings):
