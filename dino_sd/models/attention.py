@@ -43,16 +43,14 @@ def class_attention(backbone: Backbone | Pixels, images_NCHW: Tensor, layer: int
     Rows sum to at most 1. Caron et al. 2021, figure 1. Raises UserError as `attention` does, and for ViTs without a
     class token.
     """
-    if isinstance(backbone, Backbone) and backbone.prefix_tokens and getattr(backbone.model, "cls_token", None) is not None:
-        return attended(backbone, images_NCHW, layer, queries=1).weights[:, :, 0, backbone.prefix_tokens :]
     _block(backbone, layer)  # says it of convnets
-    raise UserError(f"attention: model={backbone.name} has no class token whose attention could be shown; use pca")
+    if getattr(backbone.model, "cls_token", None) is None:
+        raise UserError(f"attention: model={backbone.name} has no class token whose attention could be shown; use pca")
+    return attended(backbone, images_NCHW, layer, queries=1).weights[:, :, 0, backbone.prefix_tokens :]
 
 
 @torch.no_grad()
-def attended(
-    backbone: Backbone | Pixels, images_NCHW: Tensor, layer: int = -1, queries: int | None = None
-) -> Attended:
+def attended(backbone: Backbone | Pixels, images_NCHW: Tensor, layer: int = -1, queries: int | None = None) -> Attended:
     """Weights, values and output of a block's attention, of the first `queries` tokens (None: of all).
 
     The block's own code works out queries and keys with their norms and position codes; they are read where it hands
@@ -60,13 +58,14 @@ def attended(
     `attention`.
     """
     attn, last = _block(backbone, layer), {}
+    model: Any = backbone.model
 
     def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         last.update(args=args, kwargs=kwargs)
 
     handle = attn.register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        backbone.model.forward_features(images_NCHW)
+        model.forward_features(images_NCHW)
     finally:
         handle.remove()
     with _Kernel() as kernel:
