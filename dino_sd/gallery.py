@@ -35,7 +35,7 @@ def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Pat
 
     Similarity is the cosine of pooled features, as in k-NN. Raises UserError for images that there are not.
     """
-    model, device = openopen_model(spec, settings)
+    model, device = open_model(spec, settings)
     source, features_ND, indices_N = features_of(model, device, data, settings)
     if not is_main():
         return None
@@ -68,7 +68,7 @@ def map(spec: str | Path, data: str, settings: MapSettings) -> Path | None:
     """
     if settings.coordinates and not settings.coordinates.endswith((".csv", ".json")):
         raise UserError(f"coordinates={settings.coordinates}: expected a .csv or .json file")
-    model, device = openopen_model(spec, settings)
+    model, device = open_model(spec, settings)
     source, features_ND, indices_N = features_of(model, device, data, settings)
     if not is_main():
         return None
