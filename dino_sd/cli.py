@@ -259,6 +259,89 @@ def embed(
         print(written)
 
 
+IMAGES = typer.Argument(metavar="IMAGE... [KEY=VALUE]...", help="images, and settings; --help lists them all")
+IMAGE = (
+    "IMAGE is a file, a folder or any other DATA. Videos are animated GIFs and WebPs, folders with frames=true, and "
+    "with the extra `video` also .mp4, .mov, .avi, .mkv, .webm."
+)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{IMAGE}\n\n{DATA}")
+def attention(
+    model: str,
+    arguments: Annotated[list[str], IMAGES],
+    help: Annotated[bool, help_option("\nSettings of attention.", lambda: class_settings("AttentionSettings"))] = False,
+) -> None:
+    """Draw what a ViT's class token attends to: dino-sd attention MODEL IMAGE... out=DIR."""
+    from dino_sd.config import AttentionSettings
+    from dino_sd.looking import attention as run
+
+    images, pairs = images_and_pairs(arguments)
+    for path in run(model, images, settings(AttentionSettings, pairs)):
+        print(path)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{IMAGE}\n\n{DATA}")
+def pca(
+    model: str,
+    arguments: Annotated[list[str], IMAGES],
+    help: Annotated[bool, help_option("\nSettings of pca.", lambda: class_settings("PcaSettings"))] = False,
+) -> None:
+    """Draw the first three components of images' patches as colours: dino-sd pca MODEL IMAGE... out=DIR."""
+    from dino_sd.config import PcaSettings
+    from dino_sd.looking import pca as run
+
+    images, pairs = images_and_pairs(arguments)
+    for path in run(model, images, settings(PcaSettings, pairs)):
+        print(path)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def neighbours(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[
+        bool, help_option("\nSettings of neighbours.", lambda: class_settings("NeighboursSettings"))
+    ] = False,
+) -> None:
+    """Draw some images of a set with those nearest to them: dino-sd neighbours MODEL DATA images=[3,14] out=FILE."""
+    from dino_sd.config import NeighboursSettings
+    from dino_sd.gallery import neighbours as run
+
+    say_where(run(model, data, settings(NeighboursSettings, pairs)))
+
+
+@app.command("map", add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def map_(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[bool, help_option("\nSettings of map.", lambda: class_settings("MapSettings"))] = False,
+) -> None:
+    """Draw a set's features on a plane, by UMAP or PCA: dino-sd map MODEL DATA out=FILE."""
+    from dino_sd.config import MapSettings
+    from dino_sd.gallery import map as run
+
+    say_where(run(model, data, settings(MapSettings, pairs)))
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def prototypes(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[
+        bool, help_option("\nSettings of prototypes.", lambda: class_settings("PrototypesSettings"))
+    ] = False,
+) -> None:
+    """Draw the prototypes that a set uses most, with their images: dino-sd prototypes MODEL DATA out=FILE."""
+    from dino_sd.config import PrototypesSettings
+    from dino_sd.gallery import prototypes as run
+
+    say_where(run(model, data, settings(PrototypesSettings, pairs)))
+
+
 @bench_app.command("step")
 def bench_step(
     pairs: Annotated[list[str] | None, PAIRS] = None,
@@ -288,6 +371,19 @@ def bench_data(
     if len(named) > 1:
         raise UserError(f"bench data: expected one DATA, found {' and '.join(named)}")
     run(named[0] if named else None, [pair for pair in arguments or [] if "=" in pair], feed, picture, cores, json)
+
+
+def images_and_pairs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """IMAGE... KEY=VALUE... apart; what lies on disk is an image, whatever its name. Raises UserError without one."""
+    images = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
+    if not images:
+        raise UserError("expected one IMAGE or more: files, folders or other DATA; see --help")
+    return images, [argument for argument in arguments if argument not in images]
+
+
+def say_where(path: Path | None) -> None:
+    if path is not None:  # None on all ranks but one
+        print(path)
 
 
 def settings(cls: Any, pairs: list[str] | None) -> Any:

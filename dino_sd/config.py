@@ -318,3 +318,89 @@ class InspectSettings(Settings):
         default="auto", description="processes that look at images"
     )
     out: str | None = Field(default="inspect.png", description="picture of the set; null: none")
+
+
+class LookSettings(Settings):
+    """What every picture of a model takes."""
+
+    network: Literal["teacher", "student"] | None = Field(
+        default=None, description="of a checkpoint; null: the run's result"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute")
+
+
+class AttentionSettings(LookSettings):
+    """What the class token of a ViT attends to."""
+
+    out: str = Field(default="attention", description="folder of the pictures, one an image")
+    size: int | None = Field(
+        default=None, ge=1, description="shorter side in pixels as the model sees it; null: what the model expects"
+    )
+    layer: int = Field(default=-1, description="block, counted from 0; negative from the end")
+    mass: float = Field(default=0.6, gt=0, le=1, description="share of the attention that is encircled")
+    heads: bool = Field(default=True, description="every head beside their mean")
+    limit: int = Field(
+        default=100, ge=0, description="images of a set, evenly spaced, or first frames of a video; 0: all"
+    )
+    frames: bool = Field(default=False, description="the images of a folder are frames of a video, ordered by name")
+    every: int = Field(default=1, ge=1, description="of videos: each so manieth frame")
+    fps: float | None = Field(default=None, gt=0, description="of videos, frames a second; null: as they are, or 10")
+    format: Literal["auto", "gif", "mp4"] = Field(
+        default="auto", description="of videos; auto: mp4 (extra: video) for video files, gif for others"
+    )
+
+
+class PcaSettings(LookSettings):
+    """Components of patches as colours."""
+
+    out: str = Field(default="pca", description="folder of the pictures: one an image, and pca.png with all of them")
+    size: int | None = Field(
+        default=None, ge=1, description="shorter side in pixels as the model sees it; null: what the model expects"
+    )
+    layer: int | None = Field(default=None, description="block or stage, counted from 0; null: the model's output")
+    limit: int = Field(default=32, ge=0, description="images of each set, evenly spaced; 0: all")
+
+
+class SetSettings(LookSettings):
+    """What every picture of a whole set takes."""
+
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
+    batch_size: int = Field(default=256, ge=1, description="images at a time")
+    precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="loader processes a rank"
+    )
+    limit: int = Field(default=0, ge=0, description="images of the set that are taken, evenly spaced; 0: all")
+
+
+class NeighboursSettings(SetSettings):
+    """Images and what is nearest to them."""
+
+    out: str = Field(default="neighbours.png", description="picture file")
+    images: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(as_list)] | None = Field(
+        default=None, description="numbers of the images whose neighbours are shown, from 0; null: evenly spaced ones"
+    )
+    count: int = Field(default=10, ge=1, description="how many evenly spaced ones")
+    k: int = Field(default=8, ge=1, description="neighbours of each")
+
+
+class MapSettings(SetSettings):
+    """A set as a plane."""
+
+    out: str = Field(default="map.png", description="picture file")
+    method: Literal["auto", "umap", "pca"] = Field(
+        default="auto", description="umap (extra: umap) or pca; auto: umap where it is installed"
+    )
+    seed: int = Field(default=0, ge=0, description="of UMAP")
+    limit: int = Field(default=10_000, ge=0, description="images of the set that are taken, evenly spaced; 0: all")
+    coordinates: str | None = Field(
+        default=None, description="file of the places too: .csv or .json with index, path, x, y, label"
+    )
+
+
+class PrototypesSettings(SetSettings):
+    """Prototypes that are used most."""
+
+    out: str = Field(default="prototypes.png", description="picture file")
+    count: int = Field(default=16, ge=1, description="prototypes that are shown, the most used first")
+    images: int = Field(default=10, ge=1, description="images of each")
