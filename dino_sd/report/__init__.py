@@ -1,0 +1,1 @@
+"""`dino-sd report`: what is in the folders of runs, on one page that can be sent around."""
