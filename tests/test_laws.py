@@ -23,9 +23,10 @@ FLOORS = {
     "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1,
     "allocator": 1,
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2,
-    "build": 3, "run": 3, "validation": 3, "suggestions": 3,
+    "tiles": 2, "seen": 2, "components": 2, "prototypes": 2, "video": 2,
+    "build": 3, "run": 3, "validation": 3, "suggestions": 3, "pictures": 3,
     "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
-    "quickstart": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5,
+    "quickstart": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5, "looking": 5,
     "bench_data": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
