@@ -25,10 +25,12 @@ FLOORS = {
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2,
     "tiles": 2, "seen": 2, "components": 2, "prototypes": 2, "video": 2,
     "build": 3, "run": 3, "validation": 3, "suggestions": 3, "pictures": 3,
-    "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
-    "quickstart": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5, "looking": 5,
-    "bench_data": 6,
-    "cli": 7, "__main__": 8,
+    "evaluate": 4, "export": 4, "plan": 4, "sheets": 4,
+    "inspection": 5, "looking": 5, "report": 5,
+    "train": 6,
+    "quickstart": 7, "bench": 7, "bench_views": 7, "generations": 7,
+    "bench_data": 8,
+    "cli": 9, "__main__": 10,
 }  # fmt: skip
 
 

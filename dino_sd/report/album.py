@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from dino_sd.data.statistics import evenly
 from dino_sd.report.folder import Run
@@ -13,10 +14,10 @@ MOST_BYTES = 2_000_000  # of all pictures of a page
 MOMENTS = (12, 8, 6, 4, 3, 2, 1)  # shown of each run: as many as fit
 KINDS = {
     "attention": ("Attention", "Where the class token of the last block looks, head by head."),
-    "pca": ("Patches by colour", "The three main directions of the patch features as red, green and blue: parts that "
-                                 "mean the same to the network have the same colour."),
     "neighbours": ("Nearest neighbours", "On the left an image, beside it those that are most like it to the network, "
                                          "with their cosine similarity."),
+    "pca": ("Patches by colour", "The three main directions of the patch features as red, green and blue: parts that "
+                                 "mean the same to the network have the same colour."),
     "crops": ("Crops of one step", "What the student saw of a few images at this very step: global crops, then local "
                                    "ones, drawn again from the seed."),
 }  # fmt: skip
@@ -69,8 +70,13 @@ def _moments(run: Run, steps: list[int]) -> list[Html]:
 def _figure(kind: str, step: int, path: Path) -> Html:
     name, about = KINDS[kind]
     try:
+        with Image.open(path, formats=("WEBP",)) as picture:
+            width = picture.width
         data = base64.b64encode(path.read_bytes()).decode()
-    except OSError:
+    except (OSError, Image.DecompressionBombError):  # damaged, or none of ours
         return Html("")
-    image = tag("div", Html(f'<img src="data:image/webp;base64,{data}" alt="{name} at step {step}">'), class_="wide scroll")
-    return tag("figure", tag("figcaption", tag("b", f"{name}, step {step:,}. "), about), image, class_="picture")
+    image = Html(f'<img src="data:image/webp;base64,{data}" alt="{name} at step {step}" width="{width}">')
+    caption = tag("figcaption", tag("b", f"{name}, step {step:,}. "), about)
+    return tag(
+        "figure", caption, tag("div", image, class_="wide scroll" if width > 800 else "scroll"), class_="picture"
+    )

@@ -24,6 +24,14 @@ class Curve(NamedTuple):
     thinned: bool
 
 
+class Entry(NamedTuple):
+    """A line of a chart in its legend."""
+
+    name: str
+    color: str
+    dash: str
+
+
 def curve(steps: list[int], values: list[float], most: int = MOST_POINTS) -> Curve:
     """All points, or, of more than `most`, the smallest and the largest of each stretch: no peak is lost."""
     steps_n, values_n = np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
@@ -55,38 +63,35 @@ class Figures:
         self.most = max(2 * MOST_POINTS // (len(runs) + 1), 200)
         self.thinned = False
 
-    def add(self, chart: Chart, labels: dict[str, str], log: bool) -> str | None:
-        """Draws a chart; returns the id of the page's element for it. None: nothing to see on this scale."""
-        curves = [
-            (run, key, label, curve(*points, self.most))
+    def add(self, chart: Chart, labels: dict[str, str], log: bool) -> tuple[str, list[Entry]] | None:
+        """Draws a chart; returns the id of the page's element for it, and its legend. None: nothing to see."""
+        found = [
+            (run, key, curve(*points, self.most))
             for run in self.runs
-            for key, label in labels.items()
+            for key in labels
             if (points := run.series(key))[0]
         ]
         if log:
-            curves = [each for each in curves if (each[3].values > 0).any()]
-        if not curves:
+            found = [each for each in found if (each[2].values > 0).any()]
+        finite = [each[2].values[np.isfinite(each[2].values)] for each in found]
+        if not any(map(len, finite)):
             return None
-        self.thinned |= any(found.thinned for *_, found in curves)
-        largest = max((float(np.nanmax(np.abs(each[3].values))) for each in curves), default=0.0)
-        figure = self._figure(chart, log, tiny=largest < 0.01)
-        shown = []
-        for run, key, label, found in curves:
-            many = len(self.runs) > 1
-            place = list(labels).index(key)
+        self.thinned |= any(each[2].thinned for each in found)
+        figure = self._figure(chart, log, tiny=max(abs(values).max() for values in finite if len(values)) < 0.01)
+        many, entries = len(self.runs) > 1, []
+        for run, key, points in found:
+            place, label = list(labels).index(key), labels[key]
             name = f"{run.name}: {label}" if many and len(labels) > 1 else run.name if many else label
             color = self.colors[id(run)] if many else COLORS[place % len(COLORS)]
-            dash = DASHES[place % len(DASHES)] if many else "solid"
-            shown.append(self._line(figure, found, key, name, color, dash))
-        self._tools(figure, chart, shown)
+            entries.append(Entry(name, color, DASHES[place % len(DASHES)] if many else DASHES[0]))
+            self._line(figure, points, key, entries[-1], len(entries) - 1)
+        self._tools(figure, chart)
         self._marks(figure)
-        if len(curves) > 1:
-            self._legend(figure, shown)
         self.figures.append(figure)
-        return f"chart{len(self.figures) - 1}"
+        return f"chart{len(self.figures) - 1}", entries
 
     def _figure(self, chart: Chart, log: bool, tiny: bool) -> Any:
-        from bokeh.models import BoxAnnotation, NumeralTickFormatter
+        from bokeh import models
         from bokeh.plotting import figure as new
 
         figure = new(
@@ -95,37 +100,40 @@ class Figures:
             outline_line_color=None, min_border=4, lod_threshold=None,
         )  # fmt: skip
         figure.toolbar.logo = None
-        figure.xaxis.formatter = NumeralTickFormatter(format="0.[0]a" if self.x.end >= 1e5 else "0,0")
-        figure.yaxis.formatter = NumeralTickFormatter(format="0.[00]e+0" if tiny else chart.format)
-        figure.xaxis.ticker.desired_num_ticks = 5
-        figure.yaxis.ticker.desired_num_ticks = 5
+        figure.xaxis.formatter = models.NumeralTickFormatter(format="0.[0]a" if self.x.end >= 1e5 else "0,0")
+        if tiny:
+            figure.yaxis.formatter = models.BasicTickFormatter()
+        else:
+            figure.yaxis.formatter = models.NumeralTickFormatter(format=chart.format)
         for axis in (*figure.xaxis, *figure.yaxis):
+            axis.ticker.desired_num_ticks = 5
             axis.minor_tick_line_color = None
         for zone in chart.zones:
-            box = BoxAnnotation(bottom=zone.low, top=zone.high, fill_color=COLORS[4], fill_alpha=0.12, line_color=None)
-            figure.add_layout(box)
+            ends: dict[str, Any] = {
+                name: end for name, end in (("bottom", zone.low), ("top", zone.high)) if end is not None
+            }
+            figure.add_layout(models.BoxAnnotation(fill_color=COLORS[4], fill_alpha=0.12, line_color=None, **ends))
         return figure
 
-    def _line(self, figure: Any, found: Curve, key: str, name: str, color: str, dash: str) -> tuple[str, Any]:
+    def _line(self, figure: Any, points: Curve, key: str, entry: Entry, place: int) -> None:
         from bokeh.models import ColumnDataSource
 
-        dtype = np.int32 if len(found.steps) == 0 or found.steps.max() < 2**31 else np.float64
-        data = {"step": found.steps.astype(dtype), "value": found.values.astype(np.float32)}
-        source = ColumnDataSource(data, name=key, tags=[name])
-        style = {"color": color, "line_width": 2, "line_dash": dash}
-        renderers = [figure.line("step", "value", source=source, name=name, **style)]
-        if len(found.steps) <= 40:
-            renderers.append(figure.scatter("step", "value", source=source, color=color, size=5))
-        return name, renderers
+        whole = np.int32 if points.steps.max() < 2**31 else np.float64
+        data = {"step": points.steps.astype(whole), "value": points.values.astype(np.float32)}
+        source, style = ColumnDataSource(data, name=key), {"name": entry.name, "tags": [place], "color": entry.color}
+        figure.line("step", "value", source=source, line_width=2, line_dash=entry.dash, **style)
+        if len(points.steps) <= 40:
+            figure.scatter("step", "value", source=source, size=5, **style)
 
-    def _tools(self, figure: Any, chart: Chart, shown: list[tuple[str, Any]]) -> None:
+    def _tools(self, figure: Any, chart: Chart) -> None:
         from bokeh import models
 
         box = models.BoxZoomTool(description="drag to zoom")
         hover = models.HoverTool(
-            renderers=[renderers[0] for _, renderers in shown], mode="vline", point_policy="snap_to_data",
-            line_policy="nearest", attachment="horizontal", description="values where the pointer is",
-            tooltips=[("", "$name"), ("step", "@step{0,0}"), (chart.unit or "value", "@value{0.[00000]}")],
+            renderers=[line for line in figure.renderers if isinstance(line.glyph, models.Line)], mode="vline",
+            point_policy="snap_to_data", line_policy="nearest", attachment="horizontal",
+            description="values where the pointer is",
+            tooltips=[("", "$name"), ("step", "@step{0,0}"), (chart.unit or "value", "@value{0.[000000]}")],
         )  # fmt: skip
         figure.add_tools(
             box,
@@ -146,17 +154,6 @@ class Figures:
                 for step in steps[:MOST_MARKS]:
                     span = Span(location=step, dimension="height", line_color=color, line_dash=dash, line_alpha=0.7)
                     figure.add_layout(span)
-
-    def _legend(self, figure: Any, shown: list[tuple[str, Any]]) -> None:
-        from bokeh.models import Legend, LegendItem
-
-        items = [LegendItem(label={"value": name}, renderers=renderers) for name, renderers in shown]
-        legend = Legend(
-            items=items, orientation="horizontal", ncols="auto", click_policy="hide", location="left",
-            border_line_color=None, background_fill_color=None, padding=0, margin=2, glyph_height=14, label_standoff=4,
-            spacing=10, inactive_fill_color="#888888", inactive_fill_alpha=0.3,
-        )  # fmt: skip
-        figure.add_layout(legend, "below")
 
     def document(self) -> str:
         """JSON: [documents, items] as Bokeh.embed.embed_items takes them."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -55,7 +55,7 @@ class Run:
     def last(self, key: str) -> float | None:
         return next((float(line[key]) for line in reversed(self.lines) if is_number(line.get(key))), None)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of all numbers in the lines, in the order of their first appearance."""
         logged = dict.fromkeys(key for line in self.lines for key, value in line.items() if is_number(value))
         return [*logged, *self.schedules]
@@ -65,7 +65,7 @@ class Run:
         return [(line["step"], line[key]) for line in self.lines if isinstance(line.get(key), str)]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

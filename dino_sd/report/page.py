@@ -53,7 +53,7 @@ def page(runs: list[Run]) -> str:
 def _curves(runs: list[Run], figures: Figures) -> list[tuple[str, str, str, list[Html]]]:
     """Headings with their charts. Where they begin, a word on how to use them."""
     found = []
-    keys = list(dict.fromkeys(key for run in runs for key in run.keys()))
+    keys = list(dict.fromkeys(key for run in runs for key in run.names()))
     for number, (heading, about, charts) in enumerate(charts_of(keys)):
         cards = [card for chart, labels in charts if (card := _card(figures, chart, labels)) is not None]
         use = " Drag over a chart to zoom into all of them; tap a name below it to hide its line." if not number else ""
@@ -64,17 +64,24 @@ def _curves(runs: list[Run], figures: Figures) -> list[tuple[str, str, str, list
 
 def _card(figures: Figures, chart: Chart, labels: dict[str, str]) -> Html | None:
     scales = [False, True] if chart.log else [False]
-    elements = {log: element for log in scales if (element := figures.add(chart, labels, log)) is not None}
-    if not elements:
+    drawn = {log: found for log in scales if (found := figures.add(chart, labels, log)) is not None}
+    if not drawn:
         return None
-    first = chart.log == "first" and True in elements
-    plots = [tag("div", id=element, class_="plot", hidden=log != first) for log, element in elements.items()]
-    both = len(elements) > 1
+    first = chart.log == "first" and True in drawn
+    plots = [tag("div", id=element, class_="plot", hidden=log != first) for log, (element, _) in drawn.items()]
+    both = len(drawn) > 1
+    entries = next(iter(drawn.values()))[1]
+    legend = [
+        tag("button", tag("span", class_=f"line {entry.dash}", style=f"border-color:{entry.color}"), entry.name,
+            type="button", data_line=place, aria_pressed="true")
+        for place, entry in enumerate(entries)
+    ]  # fmt: skip
+    below = [tag("div", *legend, class_="legend")] if len(legend) > 1 else []
     button = [tag("button", "linear scale" if first else "log scale", class_="scale", type="button")] if both else []
     title = tag("h3", chart.title, tag("small", f" {chart.unit}") if chart.unit else "")
     healthy = [tag("b", " Healthy: "), chart.healthy] if chart.healthy else []
     caption = tag("figcaption", chart.about, *healthy)
-    return tag("figure", tag("header", title, *button), *plots, caption, class_="card")
+    return tag("figure", tag("header", title, *button), *plots, *below, caption, class_="card")
 
 
 def _document(title: str, content: list[Html], figures: Figures) -> str:
@@ -93,7 +100,8 @@ def _document(title: str, content: list[Html], figures: Figures) -> str:
     ])  # fmt: skip
     data = Html(f'<script type="application/json" id="curves">{in_script(figures.document())}</script>')
     scripts = [data, Html(f"<script>{library}</script>"), Html(f"<script>{own}</script>")]
-    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>{join([*content, *scripts])}</body>\n</html>\n'
+    body = join([*content, *scripts])
+    return f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>{body}</body>\n</html>\n'
 
 
 def _digest(code: str) -> str:

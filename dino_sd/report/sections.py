@@ -11,8 +11,8 @@ from dino_sd import health
 from dino_sd.log import duration
 from dino_sd.report.charts import COLORS
 from dino_sd.report.folder import Run, changed, flat, is_number, length, seconds
-from dino_sd.report.markup import Html, folded, join, number, setting, table, tag, text
-from dino_sd.report.signs import GROUPS, Chart
+from dino_sd.report.markup import Html, folded, join, number, setting, table, tag
+from dino_sd.report.signs import GROUPS, HEALTH, Chart, label_of
 
 MOST_ROWS = 40  # of a list; the rest is counted
 VERDICTS = {
@@ -93,8 +93,8 @@ def _tiles(run: Run) -> Html:
         tiles.append(("Speed", f"{speed:,.0f} images/s", f"{waiting:.0%} waiting for data" if waiting else ""))
     if (spent := seconds(run)) is not None:
         tiles.append(("Time in training", duration(spent), "without evaluations"))
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value, tag("small", more))) for name, value, more in tiles),
-               class_="tiles")  # fmt: skip
+    shown = (tag("div", tag("dt", name), tag("dd", value, tag("small", more))) for name, value, more in tiles)
+    return tag("dl", *shown, class_="tiles")
 
 
 def one_line(run: Run) -> str:
@@ -104,25 +104,27 @@ def one_line(run: Run) -> str:
     names = source if isinstance(source, list) else [source] if source else []
     terms = config.get("terms")
     learnt = " + ".join(map(str, terms)) if isinstance(terms, dict) else ""
-    parts = [str(config.get("model", "a model that nobody noted")), f"on {', '.join(map(str, names))}" if names else ""]
-    parts += [f"by {learnt}" if learnt else "", f"{config['batch_size']} images a step" if "batch_size" in config else ""]
-    return " · ".join([" ".join(part for part in parts[:2] if part), *(part for part in parts[2:] if part)])
+    model = str(config.get("model", "a model that nobody noted"))
+    parts = [f"{model} on {', '.join(map(str, names))}" if names else model]
+    parts += [f"learns by {learnt}"] if learnt else []
+    parts += [f"{config['batch_size']} images a step"] if "batch_size" in config else []
+    return " · ".join(parts)
 
 
 def health_table(runs: list[Run]) -> Html | None:
     """First and last value of every sign, with what one wants to see."""
     rows = []
-    for chart in (chart for _, _, charts in GROUPS for chart in charts if chart.healthy):
-        for key, label in chart.lines:
-            if not (key.startswith("health/") or key in ("dino/loss_share",)):
-                continue
-            cells = [_sign(run, key, chart) for run in runs]
-            if any(cells):
-                name = chart.title if len(chart.lines) == 1 else f"{chart.title}: {label}"
-                rows.append([name, *(cell or "–" for cell in cells), chart.healthy])
+    charts = [chart for _, _, charts in GROUPS for chart in charts]
+    for key, name in HEALTH.items():
+        chart = next(chart for chart in charts if label_of(chart, key) is not None)
+        cells = [_sign(run, key, chart) for run in runs]
+        if any(cells):
+            rows.append([name, *(cell or "–" for cell in cells), chart.healthy])
     if not rows:
         return None
-    return table(["sign", *(run.name if len(runs) > 1 else "first → last" for run in runs), "healthy"], rows)
+    several = len(runs) > 1
+    shown = table(["sign", *(run.name if several else "first → last" for run in runs), "healthy"], rows, numbers=False)
+    return tag("div", shown, class_=None if several else "stacked")
 
 
 def _sign(run: Run, key: str, chart: Chart) -> Html | None:
@@ -132,7 +134,8 @@ def _sign(run: Run, key: str, chart: Chart) -> Html | None:
     now = values[-1]
     inside = any((z.low is None or now > z.low) and (z.high is None or now < z.high) for z in chart.zones)
     dot = tag("span", class_=f"dot {'bad' if inside or now != now else 'good'}") if chart.zones else Html("")
-    return join([dot, text(f"{number(values[0])} → {number(now)}" if len(values) > 1 else number(now))])
+    shown = f"{number(values[0])} → {number(now)}" if len(values) > 1 else number(now)
+    return tag("span", dot, shown, class_="sign")
 
 
 def settings_section(runs: list[Run]) -> list[Html]:
@@ -149,7 +152,7 @@ def settings_section(runs: list[Run]) -> list[Html]:
         if len(runs) > 1:
             differing = folded(f"{len(rows)} settings that differ from the defaults", differing)
         title = [tag("h3", run.name)] if len(runs) > 1 else []
-        parts.append(tag("div", *title, differing, whole, class_="card part"))
+        parts.append(tag("div", *title, differing, whole, class_="card part settings"))
     return parts
 
 
@@ -172,7 +175,7 @@ def scores_section(runs: list[Run]) -> list[Html]:
     for run in runs:
         title = [tag("h3", run.name)] if len(runs) > 1 else []
         tables = [_evaluation(name, found) for name, found in run.evaluations.items()]
-        keys = [key for key in run.keys() if key.split("/")[-1] in ("knn", "accuracy", "accuracy_top5")]
+        keys = [key for key in run.names() if key.split("/")[-1] in ("knn", "accuracy", "accuracy_top5")]
         keys = [key for key in keys if not key.startswith(tuple(run.config.get("terms") or ())) or "/" not in key]
         lines = [line for line in run.lines if any(is_number(line.get(key)) for key in keys)]
         if lines:

@@ -184,9 +184,7 @@ GROUPS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
                 "The running mean of the teacher's outputs that is taken off them, against collapse to one point.",
                 "Settles after the beginning.",
             ),
-            Chart(
-                "Learning rate", (("lr", "learning rate"),), "As it was used.", "", format="0.[0]e+0", log="offer"
-            ),
+            Chart("Learning rate", (("lr", "learning rate"),), "As it was used.", "", format="0.[0]e+0", log="offer"),
             Chart("Weight decay", (("schedule/optim.weight_decay", "weight decay"),), "From the settings.", ""),
             Chart(
                 "Teacher's momentum",
@@ -208,7 +206,9 @@ GROUPS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
         "Is the machine busy?",
         "Speed, and what is waited for.",
         (
-            Chart("Speed", (("images_per_s", "images/s"),), "Images trained on, a second.", "Steady.", "images/s", "0,0"),
+            Chart(
+                "Speed", (("images_per_s", "images/s"),), "Images trained on, a second.", "Steady.", "images/s", "0,0"
+            ),
             Chart(
                 "Waiting for data",
                 (("data_wait", "waiting"),),
@@ -217,9 +217,7 @@ GROUPS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
                 "share",
                 "0.[0]%",
             ),
-            Chart(
-                "Unreadable images", (("bad_files", "images"),), "Others stood in for them.", "0", "images", "0,0"
-            ),
+            Chart("Unreadable images", (("bad_files", "images"),), "Others stood in for them.", "0", "images", "0,0"),
             Chart(
                 "Skipped steps",
                 (("skipped_steps", "steps"),),
@@ -231,6 +229,16 @@ GROUPS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
         ),
     ),
 )
+HEALTH = {  # keys whose first and last values say how a run is doing
+    "health/spread": "Feature spread",
+    "health/effective_rank": "Effective rank",
+    "health/information": "Information",
+    "health/prototypes_used": "Prototypes in use",
+    "health/teacher_entropy": "Teacher's entropy",
+    "dino/loss_share": "Loss, as a share of ln K",
+    "health/gradient_norm": "Gradient norm",
+    "health/update_norm": "Size of a step",
+}
 REST = Chart("", (), "A number of metrics.jsonl that this page knows nothing about.", "")
 UNSHOWN = {"step", "epoch", "health/loss", "health/rank_share"}  # shown elsewhere, or nothing by themselves
 
