@@ -153,6 +153,22 @@ def export(
 JSON = typer.Option("--json", help="print one JSON object on stdout and nothing else there")
 
 
+@app.command(add_help_option=False)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="folders of runs, and settings")],
+    help: Annotated[bool, help_option("\nSettings of report.", lambda: class_settings("ReportSettings"))] = False,
+) -> None:
+    """One page of a run, or of several side by side, to be opened anywhere: dino-sd report RUN [RUN ...]."""
+    from dino_sd.config import ReportSettings
+    from dino_sd.report import report as write
+
+    pairs = [argument for argument in runs if "=" in argument and not Path(argument).exists()]
+    folders = [argument for argument in runs if argument not in pairs]
+    if not folders:
+        raise UserError("report: expected the folder of a run, such as `dino-sd report runs/dino`")
+    print(write(folders, settings(ReportSettings, pairs)))
+
+
 @app.command(add_help_option=False, epilog=DATA)
 def inspect(
     data: str,

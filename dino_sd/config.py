@@ -158,6 +158,14 @@ class Health(Settings):
     )
 
 
+class Report(Settings):
+    every: Duration | None = Field(
+        default=0.25,
+        description="draw a few images as the network sees them, and write report.html, this often and at the end; "
+        "needs the extra `report`; duration; null: never",
+    )
+
+
 class Data(Settings):
     """`data=X` alone is `data.source=X`."""
 
@@ -244,6 +252,7 @@ class Config(Settings):
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint())
     log: Log = Field(default_factory=lambda: Log())
     health: Health = Field(default_factory=lambda: Health())
+    report: Report = Field(default_factory=lambda: Report())
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":
@@ -404,3 +413,15 @@ class PrototypesSettings(SetSettings):
     out: str = Field(default="prototypes.png", description="picture file")
     count: int = Field(default=16, ge=1, description="prototypes that are shown, the most used first")
     images: int = Field(default=10, ge=1, description="images of each")
+
+
+class ReportSettings(Settings):
+    """A page of one run or several."""
+
+    out: str | None = Field(
+        default=None, description="HTML file; null: report.html in the run's folder, of several runs in this one"
+    )
+    pictures: bool = Field(
+        default=True, description="draw those of the newest checkpoint where the folder has none; needs the run's data"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute those")

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from dino_sd import build, recipe
 from dino_sd.config import Config
-from dino_sd.data.loader import Batches
-from dino_sd.data.order import steps_per_epoch
+from dino_sd.data.geometry import make_views
+from dino_sd.data.order import step_indices, steps_per_epoch
 from dino_sd.data.photometry import Photometry
 from dino_sd.data.source import WHITE, BadImage, Source
 from dino_sd.data.statistics import evenly
@@ -72,18 +72,25 @@ def contact_sheet(cfg: Config, images: int) -> np.ndarray:
 
 def first_crops(cfg: Config, source: Source, images: int, epoch: int) -> Crops:
     """The crops of the first images of an epoch, cut and coloured by the training's own functions."""
-    spec, images = build.view_spec(cfg), min(images, source.epoch_images())
-    step = epoch * steps_per_epoch(source.epoch_images(), images)
-    batch = next(iter(Batches(source, spec, cfg.seed, images, start_step=step, total_steps=step + 1)))
+    few = cfg.model_copy(update={"batch_size": min(images, source.epoch_images())})
+    return crops_of_step(few, source, images, epoch * steps_per_epoch(source.epoch_images(), few.batch_size))
+
+
+def crops_of_step(cfg: Config, source: Source, images: int, step: int) -> Crops:
+    """The crops of the first images of the batch of a step, counted from 0: the very ones that training sees there."""
+    spec = build.view_spec(cfg)
+    epoch, indices = step_indices(step, cfg.seed, len(source), cfg.batch_size, source.parts)
+    views = make_views(source, spec, cfg.seed, epoch, indices[:images])
     zeros, ones = [0.0] * cfg.channels, [1.0] * cfg.channels
     plain_views = cfg.views.model_copy(update={"mean": zeros, "std": ones})
     data, _ = describe(source, cfg.model_copy(update={"views": plain_views}))
     photometry = Photometry(spec, zeros, ones, data["range"])
     groups = [
-        photometry(crops, rows).unflatten(0, (-1, images)) for crops, rows in zip(batch.groups, batch.rows, strict=True)
+        photometry(crops, rows).unflatten(0, (-1, len(views.indices)))
+        for crops, rows in zip(views.groups, views.rows, strict=True)
     ]
-    indices = batch.indices.tolist()
-    return Crops(indices, [_decoded(source, index, max(spec.groups[0].size)) for index in indices], groups)
+    seen = views.indices.tolist()
+    return Crops(seen, [_decoded(source, index, max(spec.groups[0].size)) for index in seen], groups)
 
 
 def _decoded(source: Source, index: int, side: int) -> torch.Tensor:
