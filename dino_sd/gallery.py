@@ -18,11 +18,11 @@ from dino_sd.data.statistics import evenly
 from dino_sd.distributed import is_main, local_world_size, say
 from dino_sd.embed import embed
 from dino_sd.errors import UserError
-from dino_sd.evaluate import own_size
-from dino_sd.evaluators.knn import nearest
+from dino_sd.features import own_size
 from dino_sd.looking import open_model
 from dino_sd.maps import draws_thumbnails, map_figure
 from dino_sd.models.model import Model
+from dino_sd.nearest import nearest
 from dino_sd.pictures import neighbour_sheet, prototype_sheet
 from dino_sd.progress import progress
 from dino_sd.prototypes import most_used
