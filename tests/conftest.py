@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "optim": {"lr": 0.001},
     "checkpoint": {"every": "steps=5"},
     "log": {"every": 5},
+    "report": {"every": None},
     "device": "cpu",
 }
 
