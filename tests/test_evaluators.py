@@ -39,7 +39,9 @@ def test_softmax_fit_is_where_the_gradient_vanishes(l2):
     (gradient,) = torch.autograd.grad(loss, weight)
     assert gradient.abs().max() < 1e-4  # of an axis whose features are a hundred long
     shares = F.one_hot(labels, 5).double()
-    torch.testing.assert_close(fit_softmax(x, shares, 5, l2, first=weight.detach()), weight.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        fit_softmax(x, shares, 5, l2, first=weight.detach()), weight.detach(), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_softmax_fit_equals_scikit_learn():

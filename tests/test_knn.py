@@ -47,7 +47,9 @@ def test_ten_thousand_images_equal_a_sort_of_everything():
     train, train_labels = clusters(400)
     test, test_labels = clusters(10_000, seed=1)
     result = knn(train, train_labels, test, test_labels, k=(1, 20, 100), chunk=999, train_chunk=64)
-    unit_train, unit_test = (rows.numpy() / np.linalg.norm(rows.numpy(), axis=1, keepdims=True) for rows in (train, test))
+    unit_train, unit_test = (
+        rows.numpy() / np.linalg.norm(rows.numpy(), axis=1, keepdims=True) for rows in (train, test)
+    )
     similarity = unit_test @ unit_train.T
     order = np.argsort(-similarity, axis=1, kind="stable")
     for k, pair in result.items():
