@@ -65,6 +65,8 @@ def _moving(
     suffix = f".{settings.format}" if settings.format != "auto" else ".mp4" if video_file else ".gif"
     check_can_write(suffix)
     clip = _frames(name, channels) if os.path.isdir(name) else open_clip(Path(name))
+    if settings.limit and (clip.count or 0) > settings.limit * settings.every:
+        say(f"{name}: its first {settings.limit * settings.every} of {clip.count:,} frames; limit=0 takes all")
     clip = clip.thinned(settings.every, settings.limit)
     path = _free(Path(settings.out), f"{Path(os.path.abspath(name)).stem}_attention", suffix, written)
     with progress(f"attention of {name}") as show:
