@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 from conftest import assert_identical
-from PIL import Image
 from test_errors import run_cli
 
 from dino_sd import build, recipe, sheets
