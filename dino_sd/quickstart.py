@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dino_sd import recipe, sheets
-from dino_sd.config import Config, KnnSettings, LinearSettings, ReportSettings
+from dino_sd.config import Config, ReportSettings
 from dino_sd.distributed import is_main
 from dino_sd.errors import UserError
 from dino_sd.evaluate import evaluate_knn, evaluate_linear
+from dino_sd.evaluator_config import KnnSettings, LinearSettings
 from dino_sd.export import export
 from dino_sd.log import duration
 from dino_sd.report import EXTRA, has_extra, report

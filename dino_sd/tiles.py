@@ -52,27 +52,27 @@ def text(name: str) -> str:
     return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
-def table(rows: Sequence[Sequence[Tile]], columns: Sequence[str] = ()) -> Image.Image:
-    """Tiles in rows, which may differ in length, on white; columns: their names, above them."""
+def table(rows: Sequence[Sequence[Tile]], columns: Sequence[str] = (), names: Sequence[str] = ()) -> Image.Image:
+    """Tiles in rows, which may differ in length, on white; columns, names: of the columns and of the rows."""
     count = max(len(row) for row in rows)
-    draw_width = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
     widths = [_SMALLEST] * count
     for row in rows:
         widths = [max(wide, row[i].pixels_HWC.shape[1] if i < len(row) else 0) for i, wide in enumerate(widths)]
-    widths = [
-        max(wide, int(draw_width(name, font(True))) + 1)
-        for wide, name in zip(widths, [*columns, *[""] * count], strict=False)
-    ]
+    for place, name in enumerate(columns[:count]):
+        widths[place] = max(widths[place], int(font(True).getlength(name)) + 1)
+    beside = max((int(font().getlength(line)) for name in names for line in name.split("\n")), default=-_GAP) + _GAP
     heights = [max(tile.pixels_HWC.shape[0] for tile in row) for row in rows]
     below = [_LINE if any(tile.caption for tile in row) else 0 for row in rows]
     top = _GAP + (_LINE + 3 if columns else 0)
-    size = (_GAP + sum(widths) + _GAP * count, top + sum(heights) + sum(below) + _GAP * len(rows))
+    size = (_GAP + beside + sum(widths) + _GAP * count, top + sum(heights) + sum(below) + _GAP * len(rows))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    lefts = [_GAP + sum(widths[:i]) + _GAP * i for i in range(count)]
+    lefts = [_GAP + beside + sum(widths[:i]) + _GAP * i for i in range(count)]
     for left, name in zip(lefts, columns, strict=False):
         draw.text((left, _GAP - 2), name, INK, font(True))
-    for row, height, room in zip(rows, heights, below, strict=True):
+    for place, (row, height, room) in enumerate(zip(rows, heights, below, strict=True)):
+        if names:
+            draw.multiline_text((_GAP, top + height // 2), names[place], INK, font(), anchor="lm")
         for left, width, tile in zip(lefts, widths, row, strict=False):
             _place(sheet, draw, tile, (left, top, width, height))
         top += height + room + _GAP
@@ -86,14 +86,14 @@ def _place(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, box: tuple
     sheet.paste(Image.fromarray(tile.pixels_HWC), (left, down))
     if tile.framed:
         draw.rectangle((left - 3, down - 3, left + wide + 2, down + tall + 2), outline=INK, width=2)
-    draw.text((left, top + height + 1), _within(tile.caption, width, draw), tile.color, font())
+    draw.text((left, top + height + 1), _within(tile.caption, width), tile.color, font())
 
 
-def _within(line: str, width: int, draw: ImageDraw.ImageDraw) -> str:
+def _within(line: str, width: int) -> str:
     """As much of a line as fits, with dots where something is left out."""
-    if draw.textlength(line, font()) <= width:
+    if font().getlength(line) <= width:
         return line
-    while line and draw.textlength(f"{line}…", font()) > width:
+    while line and font().getlength(f"{line}…") > width:
         line = line[:-1]
     return f"{line}…"
 

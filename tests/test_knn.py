@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dino_sd.errors import UserError
-from dino_sd.evaluators.knn import accuracy_from_ranks, knn, label_ranks, nearest
+from dino_sd.evaluators.knn import accuracy_from_ranks, knn, label_ranks
+from dino_sd.nearest import nearest
 
 
 def clusters(images: int, classes: int = 7, width: int = 12, seed: int = 0, dtype=torch.float64):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dino_sd.errors import UserError
-from dino_sd.evaluators.linear import Probes, linear_probe, order_of
+from dino_sd.evaluators.linear import Probes, fit, linear_probe, order_of
 
 
 def blobs(images: int, classes: int = 10, width: int = 16, spread: float = 0.3, seed: int = 0):
@@ -65,12 +65,12 @@ def test_published_schedule_against_torch():
 
 
 def test_rates_side_by_side_equal_rates_alone():
-    train, labels = blobs(200, spread=1)
+    features, labels = blobs(200, spread=1)
     rows = torch.arange(200)
 
     def trained(rates):
-        probes = Probes(16, 10, rates, 0.9, 0, train.device)
-        probes.train(train, labels, rows, epochs=3, batch_size=64)
+        probes = Probes([slice(0, 16)], 10, rates, 0.9, 0, features.device)
+        fit([probes], features, labels, rows, epochs=3, batch_size=64, seed=0)
         return probes
 
     together = trained([0.01, 0.1])
@@ -84,7 +84,7 @@ def test_the_best_rate_on_held_out_train_images_is_taken_whatever_the_test_set_s
     for test_labels in (labels, (labels + 1) % 10):
         result = linear_probe(train, labels, train, test_labels, epochs=5, batch_size=100, lr=rates)
         assert result.lr == 0.05
-        assert result.held_out[math.inf] == 0, "a probe that is not a number is wrong about everything"
+        assert result.held_out["features"][math.inf] == 0, "a probe that is not a number is wrong about everything"
 
 
 def test_features_of_an_epoch_may_be_computed_anew():

@@ -17,10 +17,11 @@ from conftest import TINY, assert_identical, command, largest_difference, state_
 from PIL import Image
 
 from dino_sd import build, checkpoint, recipe, terms
-from dino_sd.config import AccuracySettings, Config, GenerationsSettings
+from dino_sd.config import Config, GenerationsSettings
 from dino_sd.data.source import open_source
 from dino_sd.errors import UserError
 from dino_sd.evaluate import class_logits, evaluate_accuracy
+from dino_sd.evaluator_config import AccuracySettings
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
 from dino_sd.export import export
 from dino_sd.generations import generation_config, generations

@@ -1,0 +1,160 @@
+"""The page that goes with an export: what it is, what it learned from, how good it was found, how to load it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dino_sd.exported import Exported, Usage
+from dino_sd.models.model import Model
+
+ABOUT_RUN = ("dino_sd", "commit", "torch", "torchvision", "timm", "python", "ranks", "device")
+OF_EVALUATION = ("evaluator", "results", "classes", "train", "test", "images", "settings", "versions")
+OWN = ("preprocessing", "sha256", "formats", "position_resize", "evaluations")  # of one export, not of the weights
+
+
+def provenance(exported: Exported, code: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(what is known of the weights, as plain values; what to say of it). code: that which exports."""
+    model = exported.model
+    known = {key: value for key, value in model.provenance.items() if key not in OWN}
+    found, notes = evaluations_of(model, exported.exit)
+    if found or exported.exit is not None:
+        known["evaluations"] = found
+    environment = _read(model.folder / "environment.json") if model.folder is not None else None
+    if environment is not None:
+        known["trained_by"] = {key: environment[key] for key in ABOUT_RUN if environment.get(key) is not None}
+    known |= {"exported_by": code, "preprocessing": exported.preprocessing()}
+    if exported.exit is not None:
+        known["exit"] = exported.exit
+    if exported.stages is not None:
+        known["stages"] = exported.stages
+    if (way := getattr(exported.backbone, "position_resize", "timm")) != "timm":
+        known["position_resize"] = way
+        notes.append(
+            f"positions of this model are resized in the way of {way}; other libraries resize them in timm's: at "
+            f"{_pixels(exported.backbone.size)} they agree, at other sizes their features differ slightly"
+        )
+    return known, notes
+
+
+def evaluations_of(model: Model, exit: int | None) -> tuple[dict[str, Any], list[str]]:
+    """({file name: report without what the export says anyway} of these very weights, which others were left out)."""
+    found: dict[str, Any] = {}
+    notes = []
+    for path in sorted(model.folder.glob("evaluations/*.json")) if model.folder is not None else ():
+        report = _read(path)
+        if report is None or not isinstance(report.get("results"), list):
+            continue
+        judged = report.get("provenance") or {}
+        same = all(judged.get(key) == model.provenance.get(key) for key in ("network", "step"))
+        if same and (report.get("settings") or {}).get("exit") == exit:
+            found[path.stem] = {key: report[key] for key in OF_EVALUATION if key in report}
+        else:
+            notes.append(f"{path} judged other weights than these (another step, network or exit): left out")
+    if not found and exit is None:
+        found = dict(model.provenance.get("evaluations") or {})
+    return found, notes
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def card(
+    exported: Exported, known: dict[str, Any], usages: list[Usage], files: dict[str, tuple[int, str]], notes: list[str]
+) -> str:
+    """README.md, in Markdown. known: from `provenance`. files: {name: (bytes, SHA-256)} of the weights."""
+    backbone, model = exported.backbone, exported.model
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    part = "" if exported.exit is None else f", its first {exported.exit} blocks (or stages) alone"
+    lines = [
+        f"# {backbone.architecture}{part}", "",
+        f"An image backbone: {parameters / 1e6:.2f} M parameters, {model.channels} channel(s), "
+        f"{_pixels(exported.size)}, features of width {backbone.width}"
+        + (f", {exported.classes} classes" if exported.classes else "") + ".",
+        "", "## Trained", "", *trained(known), "", "## How good", "", *judged(known), "",
+        "## Images", "", *images(exported), "", "## Load it", "",
+        "FOLDER is this folder. `features` are (N, D), `patches` (N, P, D), `logits` (N, classes).",
+    ]  # fmt: skip
+    for usage in usages:
+        lines += ["", f"With {usage.library}:", "", "```python", usage.load, usage.call, "```"]
+    lines += ["", *(f"Note: {note}." for note in notes)] if notes else []
+    lines += ["", "## Files", "", "| file | bytes | SHA-256 |", "|---|---|---|"]
+    lines += [f"| {name} | {size:,} | `{digest}` |" for name, (size, digest) in files.items()]
+    lines += ["", "All that is known of the weights, with every setting, is in config.json under `dino_sd`."]
+    lines += ["", "## Licence", "", "The weights are yours: say here under which licence you give them away.", ""]
+    return "\n".join(lines)
+
+
+def trained(known: dict[str, Any]) -> list[str]:
+    config, data = known.get("config") or {}, known.get("data") or {}
+    if not config:
+        origin = known.get("model") or known.get("checkpoint") or known.get("export")
+        return [f"Not with this program, or it is not known how. Weights: {origin or 'unknown'}."]
+    source = config.get("data")
+    names = source.get("source") if isinstance(source, dict) else source
+    names = ", ".join(map(str, names)) if isinstance(names, list) else names
+    terms = ", ".join(config.get("terms") or {})
+    by = known.get("trained_by") or {}
+    lines = [
+        f"- on {data.get('images', '?')} images of {names} (fingerprint `{data.get('fingerprint')}`)",
+        f"- {known.get('step')} of {known.get('steps')} steps of {config.get('batch_size', '?')} images; "
+        f"loss: {terms}; this is the {known.get('network')}",
+    ]
+    if by:
+        lines.append("- by " + ", ".join(f"{key} {value}" for key, value in by.items()))
+    code = known.get("exported_by") or {}
+    lines.append("- exported by " + ", ".join(f"{key} {value}" for key, value in code.items() if value is not None))
+    return lines
+
+
+def judged(known: dict[str, Any]) -> list[str]:
+    """A row for each result, and the scores that were measured while training."""
+    rows = []
+    for report in (known.get("evaluations") or {}).values():
+        sets = [f"{role}: {_set(report.get(key))}" for key, role in (("train", "learned from"), ("test", "judged on"))]
+        for result in report["results"]:
+            rows.append(f"| {report.get('evaluator')} | {_values(result)} | {'; '.join(sets)} | {_settings(report)} |")
+    lines = ["| evaluator | result (top: %) | images | how |", "|---|---|---|---|", *rows] if rows else []
+    scores = {key: value for key, value in (known.get("scores") or {}).items() if isinstance(value, (int, float))}
+    if scores and "exit" not in known:
+        lines += [""] if lines else []
+        lines.append(f"Measured while training, at its last evaluation: {_values(scores)}.")
+    return lines or ["It was not evaluated before it was exported."]
+
+
+def _set(described: dict[str, Any] | None) -> str:
+    if not described:
+        return "nothing more"
+    return f"{described.get('images', '?')} of {described.get('data')} (`{described.get('fingerprint')}`)"
+
+
+def _settings(report: dict[str, Any]) -> str:
+    shown = ("k", "temperature", "epochs", "pool", "blocks", "batch_size", "precision", "seed")
+    settings = report.get("settings") or {}
+    return _values({key: settings[key] for key in shown if settings.get(key) is not None})
+
+
+def _values(values: Any) -> str:
+    if not isinstance(values, dict):
+        return str(values)
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+
+def images(exported: Exported) -> list[str]:
+    how, inside = exported.preprocessing(), exported.preprocess
+    return [
+        f"- {how['channels']} channel(s); the shorter side resized ({how['interpolation']}, antialiased) so that the "
+        f"centre crop of {_pixels(exported.size)} is {how['crop']:.4g} of it",
+        f"- pixels divided by the largest number they can be, to lie from 0 to 1; then less mean {how['mean']}, "
+        f"divided by std {how['std']}",
+        *(["- graphs (ONNX, pt2) take uint8 pixels from 0 to 255 and do the second step themselves"] if inside else []),
+    ]
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} pixels"
