@@ -47,12 +47,16 @@ TINY_VIT = [
     "views.global.size=64", "views.local.size=32",
 ]  # fmt: skip
 PLANNED = {"batch_size": "4", "device": "cpu", "workers": "0"}
+ALONE = ["device=cpu", "workers=0"]
 QUICK = {  # settings of the other commands
-    "linear": ["epochs=2", "device=cpu", "workers=0"],
-    "knn": ["device=cpu", "workers=0"],
-    "evaluate": ["device=cpu", "workers=0"],
+    "linear": ["epochs=2", *ALONE],
     "inspect": ["workers=0"],
-}
+    "attention": ["device=cpu"],
+    "pca": ["device=cpu"],
+} | dict.fromkeys(
+    ["knn", "logistic", "retrieval", "segmentation", "ranks", "evaluate", "embed", "neighbours", "map", "prototypes"],
+    ALONE,
+)
 TRAINS = ("train", "plan", "generations")
 LAUNCHERS = ("torchrun", "srun", "sbatch")
 SHELL = ("ls", "cat", "head", "tail")
@@ -133,6 +137,7 @@ class Workspace:
         self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
         self.printed = printed  # by the runs made before, and by every command since
         monkeypatch.chdir(folder)
+        monkeypatch.setenv("DINO_SD_CACHE", str(folder / "cache"))
 
     def path(self, text: str) -> str:
         """The page's paths and sets as those of this folder."""
@@ -199,18 +204,18 @@ def workers() -> list[tuple[str, str]]:
 def prepared(tmp_path_factory) -> Path:
     """Images of every kind that the pages name."""
     folder = tmp_path_factory.mktemp("docs")
-    for part, per_class in (
-        ("my/images", 6),
-        ("my/classes", 2),
-        ("my/test", 1),
-        ("labelled/train", 12),
-        ("labelled/test", 1),
-    ):
+    sets = {"my/images": 6, "my/classes": 2, "my/test": 1, "labelled/train": 12, "labelled/test": 6}
+    for part, per_class in sets.items():
         for label, colour in (("cat", 40), ("dog", 160)):
             (folder / part / label).mkdir(parents=True)
             for i in range(per_class):
                 noise = torch.randint(0, 90, (60, 80, 3), generator=torch.Generator().manual_seed(i + colour))
                 Image.fromarray((noise + colour).byte().numpy()).save(folder / part / label / f"{i}.jpg")
+    halves = torch.arange(64).repeat(64, 1) // 32  # a scene: its left half is of one class, its right half of another
+    for path in (folder / "my/scenes" / part / str(i) for part in ("train", "test") for i in range(2)):
+        for kind, pixels in (("images", torch.stack([halves * 90, halves * 60, halves * 200], -1)), ("masks", halves)):
+            (path.parent / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.byte().numpy()).save(path.parent / kind / f"{path.name}.png")
     mini = open_source("fashion-mnist-mini:train", 1)
     labels, lines = mini.labels(), []
     assert labels is not None and mini.classes is not None
