@@ -48,14 +48,14 @@ def _running() -> Iterator[str]:
 
 def visit(
     page: Path, width: int, height: int, *, dark: bool = False, touch: bool = False, scripts: tuple[str, ...] = (),
-    picture: Path | None = None, whole: bool = False,
+    picture: Path | None = None, whole: bool = False, hover: str = "",
 ) -> Visit:  # fmt: skip
-    """Opens a file; runs scripts in it, one after the other; pictures the window, or the whole page."""
+    """Opens a file, moves over what `hover` selects, runs scripts one after the other, pictures the window or all."""
     with _running() as address:
-        return asyncio.run(_visit(address, page, width, height, dark, touch, scripts, picture, whole))
+        return asyncio.run(_visit(address, page, width, height, dark, touch, scripts, picture, whole, hover))
 
 
-async def _visit(address, page, width, height, dark, touch, scripts, picture, whole) -> Visit:  # noqa: ANN001
+async def _visit(address, page, width, height, dark, touch, scripts, picture, whole, hover) -> Visit:  # noqa: ANN001
     from tornado.websocket import websocket_connect
 
     socket, seen, number = await websocket_connect(address, max_message_size=2**28), Visit(), 0
@@ -106,6 +106,12 @@ async def _visit(address, page, width, height, dark, touch, scripts, picture, wh
             break
         await asyncio.sleep(0.1)
     await run(settled)
+    for place in range(await run(f"document.querySelectorAll('{hover}').length") if hover else 0):
+        middle = "(box => [box.x + box.width / 2, box.y + box.height / 2])(each.getBoundingClientRect())"
+        find = f"each = document.querySelectorAll('{hover}')[{place}]; each.scrollIntoView({{behavior: 'instant'}})"
+        x, y = await run(f"(() => {{ const {find}; return {middle}; }})()")
+        for shift in (-200, -100, 0, 100):
+            await ask("Input.dispatchMouseEvent", type="mouseMoved", x=x + shift, y=y)
     for script in scripts:
         seen.found.append(await run(script))
     if picture is not None:

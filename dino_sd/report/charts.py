@@ -59,6 +59,7 @@ class Figures:
         self.runs, self.figures = runs, []
         self.colors = {id(run): color for run, color in zip(runs, cycle(COLORS), strict=False)}
         end = max([run.step for run in runs] + [1])
+        self.end = end
         self.x = Range1d(start=-0.01 * end, end=1.02 * end, bounds=(-0.05 * end, 1.05 * end), min_interval=end / 1e4)
         self.most = max(2 * MOST_POINTS // (len(runs) + 1), 200)
         self.thinned = False
@@ -100,18 +101,18 @@ class Figures:
             outline_line_color=None, min_border=4, lod_threshold=None,
         )  # fmt: skip
         figure.toolbar.logo = None
-        figure.xaxis.formatter = models.NumeralTickFormatter(format="0.[0]a" if self.x.end >= 1e5 else "0,0")
+        figure.xaxis.formatter = models.NumeralTickFormatter(format="0.[0]a" if self.end >= 1e5 else "0,0")
         if tiny:
             figure.yaxis.formatter = models.BasicTickFormatter()
         else:
             figure.yaxis.formatter = models.NumeralTickFormatter(format=chart.format)
-        for axis in (*figure.xaxis, *figure.yaxis):
+        axes: list[Any] = [*figure.xaxis, *figure.yaxis]
+        for axis in axes:
             axis.ticker.desired_num_ticks = 5
             axis.minor_tick_line_color = None
         for zone in chart.zones:
-            ends: dict[str, Any] = {
-                name: end for name, end in (("bottom", zone.low), ("top", zone.high)) if end is not None
-            }
+            ends: dict[str, Any] = {"bottom": zone.low, "top": zone.high}
+            ends = {name: end for name, end in ends.items() if end is not None}
             figure.add_layout(models.BoxAnnotation(fill_color=COLORS[4], fill_alpha=0.12, line_color=None, **ends))
         return figure
 
@@ -120,10 +121,12 @@ class Figures:
 
         whole = np.int32 if points.steps.max() < 2**31 else np.float64
         data = {"step": points.steps.astype(whole), "value": points.values.astype(np.float32)}
-        source, style = ColumnDataSource(data, name=key), {"name": entry.name, "tags": [place], "color": entry.color}
-        figure.line("step", "value", source=source, line_width=2, line_dash=entry.dash, **style)
+        source, style = ColumnDataSource(data, name=key), {"name": entry.name, "color": entry.color}
+        drawn = [figure.line("step", "value", source=source, line_width=2, line_dash=entry.dash, **style)]
         if len(points.steps) <= 40:
-            figure.scatter("step", "value", source=source, size=5, **style)
+            drawn.append(figure.scatter("step", "value", source=source, size=5, **style))
+        for renderer in drawn:
+            renderer.tags = [place]  # the number of its button in the legend
 
     def _tools(self, figure: Any, chart: Chart) -> None:
         from bokeh import models

@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dino_sd.report.drawing import Gallery
 from dino_sd.report.folder import PICTURE, STARTS
 from dino_sd.settings import size_pair
 
-SHARE = 0.01  # of the time since the start that pages may take before the last one
+SHARE = 0.01  # of the time since the start that all this may take; the last page is written whatever it takes
 
 
 class Reports:
@@ -62,11 +63,10 @@ class Reports:
     def __call__(self, done: int, method: SelfDistillation) -> None:
         """After `done` steps, 0 for the untrained network. Every rank calls it."""
         if self.able and is_main():
-            self._try(lambda: self._draw(done, getattr(method, method.result)))
-            now = time.perf_counter()
-            if done == self.steps or (done and self.spent + self.latest < SHARE * (now - self.began)):
-                self._try(self._write)
-                self.latest = time.perf_counter() - now
+            self.spent += self._try(lambda: self._draw(done, getattr(method, method.result)))
+            elapsed = time.perf_counter() - self.began
+            if done == self.steps or (done and self.spent + self.latest < SHARE * elapsed):
+                self.latest = self._try(self._write)
                 self.spent += self.latest
         barrier()
 
@@ -88,7 +88,9 @@ class Reports:
         write([self.run], self.run / "report.html")
         self.written = True
 
-    def _try(self, made: Any) -> None:
+    def _try(self, made: Callable[[], None]) -> float:
+        """Returns the seconds that it took."""
+        began = time.perf_counter()
         try:
             made()
         except Exception as error:  # a picture must not cost a run
@@ -96,6 +98,7 @@ class Reports:
                 reason = (str(error).splitlines() or [""])[0]
                 say(f"warning: the report cannot be written ({type(error).__name__}: {reason}); the run goes on")
             self.warned = True
+        return time.perf_counter() - began
 
     def __enter__(self) -> "Reports":
         return self
