@@ -208,7 +208,7 @@ def test_pages_of_short_runs_wait_for_the_end(tiny, tmp_path: Path, monkeypatch,
     assert f"report: {tmp_path / 'b/report.html'}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("broken", ["write", "Gallery"])
+@pytest.mark.parametrize("broken", ["write", "FixedImages"])
 def test_a_report_that_fails_costs_nothing(tiny, tmp_path: Path, monkeypatch, capsys, broken: str):
     def fails(*_: Any) -> None:
         raise RuntimeError("nothing works\nat all")
@@ -340,7 +340,8 @@ def test_little_to_say(tmp_path: Path):
 def test_what_ran(tmp_path: Path):
     run = fake_run(tmp_path / "run", seed=7)
     (run / "evaluations").mkdir()
-    result = {"evaluator": "knn", "model": "m", "results": [{"k": 20, "top1": 71.234, "top5": None}],
+    row = {"k": 20, "top1": 71.234, "top1_interval": [68.1, 74.2], "top5": None}
+    result = {"evaluator": "knn", "model": "m", "results": [row],
               "train": {"data": "A", "images": 10_000}, "test": {"data": "B", "images": 1000},
               "seconds": 3.2}  # fmt: skip
     (run / "evaluations/knn.json").write_text(json.dumps(result))
@@ -348,7 +349,11 @@ def test_what_ran(tmp_path: Path):
     assert rows["seed"] == (7, 0) and rows["optim.lr"] == (2e-3, 5e-4) and rows["epochs"] == (12.0, None)
     assert rows["model_args.depth"] == (4, None) and "optim.min_lr" not in rows and "steps" not in rows
     text = page_of(run).texts
-    assert "71.23" in text and "learnt on 10,000 images of A; judged on 1,000 images of B; 3 s" in text
+    assert (
+        "71.23 (68.10 to 74.20)" in text
+        and "top-1 %" in text
+        and "learnt on 10,000 images of A; judged on 1,000 images of B; 3 s" in text
+    )
     assert f"dino-sd train {run / 'config.yaml'} out={run}_again" in text
     assert "dino-sd train 'x y.yaml'" in text and "torch==2.14.1" in text
     assert "learning" in text and "warming up until step 200, then learning until step 1,000" in text

@@ -11,7 +11,7 @@ from dino_sd.config import ReportSettings
 from dino_sd.distributed import say, setup
 from dino_sd.errors import UserError
 from dino_sd.loading import load_model
-from dino_sd.report.drawing import Gallery
+from dino_sd.report.drawing import FixedImages
 from dino_sd.report.folder import Run, name_apart, read_run
 from dino_sd.report.page import page
 
@@ -71,5 +71,5 @@ def _draw_newest(run: Run, device: str) -> None:
         return
     model = load_model(newest, setup(device))
     cfg = recipe.load_config(run.folder / "config.yaml", [])
-    gallery = Gallery(build.open_data(cfg, decoded=False), cfg, model.provenance["data"]["range"])
-    gallery.draw(model, run.folder / "report", checkpoint.step_of(newest))
+    images = FixedImages(build.open_data(cfg, decoded=False), cfg, model.provenance["data"]["range"])
+    images.draw(model, run.folder / "report", checkpoint.step_of(newest))

@@ -30,7 +30,7 @@ WIDEST = 1440  # pixels of a picture
 BATCH = 32  # images at a time
 
 
-class Gallery:
+class FixedImages:
     """Some images of a source, always the same ones, that are looked at again and again.
 
     span: what is black and white to colour operations; see `run.describe`.

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -55,8 +56,9 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = Non
 
 
 def _numeric(cell: Any) -> bool:
-    stripped = str(cell).strip().rstrip("%s").strip().replace(",", "").replace("→", "").replace(" ", "")
-    return bool(stripped) and all(sign in "0123456789.-+einfa" for sign in stripped) and any(map(str.isdigit, stripped))
+    return (
+        re.fullmatch(r"[-+]?[\d,.]+(e[-+]?\d+)?( ?[%s])?( \([-+\d.]+ to [-+\d.]+\))?|nan|-?inf", str(cell)) is not None
+    )
 
 
 def folded(title: Any, *inner: Any, open_: bool = False) -> Html:

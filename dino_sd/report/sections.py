@@ -13,6 +13,7 @@ from dino_sd.report.charts import COLORS
 from dino_sd.report.folder import Run, changed, flat, is_number, length, seconds
 from dino_sd.report.markup import Html, folded, join, number, setting, table, tag
 from dino_sd.report.signs import GROUPS, HEALTH, Chart, label_of
+from dino_sd.tables import INTERVAL, heading, is_score
 
 MOST_ROWS = 40  # of a list; the rest is counted
 VERDICTS = {
@@ -192,18 +193,14 @@ def _percent(value: Any) -> str:
 
 
 def _evaluation(name: str, found: dict[str, Any]) -> Html:
-    """A table of an evaluator's file, whatever rows of plain values it holds."""
-    results = found.get("results")
-    rows = [row for row in results if isinstance(row, dict)] if isinstance(results, list) else []
+    """A table of what an evaluator, or a suite of them, has written: whatever rows of values it holds."""
+    listed = next((found[key] for key in ("results", "rows") if isinstance(found.get(key), list)), [])
+    rows = [row for row in listed if isinstance(row, dict)]
     if not rows:
         plain_values = {key: value for key, value in flat(found) if is_number(value) or isinstance(value, str)}
         return folded(name, table(["", "value"], [(key, number(value)) for key, value in plain_values.items()]))
-    columns = list(dict.fromkeys(str(key) for row in rows for key in row))
-    head = [{"top1": "top-1, %", "top5": "top-5, %"}.get(column, column) for column in columns]
-    cells = [
-        [_percent(row.get(c)) if c.startswith("top") and is_number(row.get(c)) else number(row.get(c)) for c in columns]
-        for row in rows
-    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row if not key.endswith(INTERVAL)))
+    head = [heading(key) if is_score(key) else key for key in columns]
     said = [str(found.get("model", ""))]
     for key, word in (("train", "learnt on"), ("test", "judged on")):
         data = found.get(key)
@@ -211,7 +208,18 @@ def _evaluation(name: str, found: dict[str, Any]) -> Html:
             said.append(f"{word} {number(data.get('images'))} images of {data.get('data')}")
     said += [f"{found['seconds']:.0f} s"] if is_number(found.get("seconds")) else []
     about = tag("p", tag("small", "; ".join(part for part in said if part)))
-    return join([table(head, cells, str(found.get("evaluator", name))), about])
+    caption = str(found.get("evaluator") or found.get("suite") or name)
+    return join([table(head, [[_score(row, key) for key in columns] for row in rows], caption), about])
+
+
+def _score(row: dict[str, Any], key: str) -> str:
+    """Scores with two digits and their 95% interval, anything else as it is."""
+    value, ends = row.get(key), row.get(key + INTERVAL)
+    if not (is_score(key) and is_number(value)):
+        return number(value)
+    if isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)):
+        return f"{value:.2f} ({ends[0]:.2f} to {ends[1]:.2f})"
+    return f"{value:.2f}"
 
 
 def trouble_section(runs: list[Run]) -> list[Html]:

@@ -18,7 +18,7 @@ from dino_sd.errors import Halted
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.model import Model
 from dino_sd.report import EXTRA, has_extra, write
-from dino_sd.report.drawing import Gallery
+from dino_sd.report.drawing import FixedImages
 from dino_sd.report.folder import PICTURE, STARTS
 from dino_sd.settings import size_pair
 
@@ -37,7 +37,7 @@ class Reports:
         self.run, self.folder = Path(cfg.out), Path(cfg.out) / "report"
         self.every = None if cfg.report.every is None else max(length.of(cfg.report.every), 1)
         self.able = has_extra()
-        self.gallery: Gallery | None = None
+        self.images: FixedImages | None = None
         self.began, self.spent, self.latest = time.perf_counter(), 0.0, 2.0  # seconds; the first page is a guess
         self.warned, self.written = False, False
         if self.every is not None and self.able and is_main():
@@ -80,9 +80,9 @@ class Reports:
         )  # fmt: skip
         device = next(backbone.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            if self.gallery is None:
-                self.gallery = Gallery(self.source, self.cfg, self.data["range"])
-            self.gallery.draw(model, self.folder, done)
+            if self.images is None:
+                self.images = FixedImages(self.source, self.cfg, self.data["range"])
+            self.images.draw(model, self.folder, done)
 
     def _write(self) -> None:
         write([self.run], self.run / "report.html")
