@@ -235,7 +235,9 @@ for name, (module, text) in EVALUATORS.items():
 
 
 def evaluate_settings() -> Any:
-    return [*class_settings("AccuracySettings"), *class_settings("SuiteSettings")]
+    shared = dict(class_settings("FrozenSettings"))
+    suite = [(key, field) for key, field in class_settings("SuiteSettings") if key not in shared]
+    return [*class_settings("AccuracySettings"), *suite]
 
 
 @app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
@@ -243,7 +245,9 @@ def evaluate(
     model: str,
     pairs: Annotated[list[str] | None, PAIRS] = None,
     json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of evaluate: with test=, with suite=.", evaluate_settings)] = False,
+    help: Annotated[
+        bool, help_option("\nSettings of evaluate with test=, then those that suite= adds.", evaluate_settings)
+    ] = False,
 ) -> None:
     """Run a list of evaluators: dino-sd evaluate MODEL suite=FILE.
 

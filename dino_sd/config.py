@@ -352,7 +352,7 @@ class AttentionSettings(LookSettings):
         default=100, ge=0, description="images of a set, evenly spaced, or first frames of a video; 0: all"
     )
     frames: bool = Field(default=False, description="the images of a folder are frames of a video, ordered by name")
-    every: int = Field(default=1, ge=1, description="of videos: each so manieth frame")
+    every: int = Field(default=1, ge=1, description="of videos, one frame in so many")
     fps: float | None = Field(default=None, gt=0, description="of videos, frames a second; null: as they are, or 10")
     format: Literal["auto", "gif", "mp4"] = Field(
         default="auto", description="of videos; auto: mp4 (extra: video) for video files, gif for others"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_sd import __version__
@@ -30,6 +30,7 @@ from dino_sd.progress import progress
 from dino_sd.settings import plain
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first day, of every entry: equal features make equal files
+_WAIT = 86_400  # seconds that ranks wait for each other at the end: some are slower
 _NO_NUMBER = ("out", "workers", "device", "cache")  # settings that change no feature
 
 
@@ -46,7 +47,7 @@ def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) ->
     if out.suffix not in (".npz", ".parquet"):
         raise UserError(f"out={out}: expected a name that ends in .npz or .parquet")
     write = _write_npz if out.suffix == ".npz" else _parquet_writer()
-    device = setup(settings.device)
+    device = setup(settings.device, timeout_s=_WAIT)
     model = prepare(spec, device, settings)
     source = open_source(data, model.channels)
     size = model.size or own_size(source)
@@ -54,9 +55,8 @@ def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) ->
     function = extractor(
         model.backbone, model.mean, model.std, device, settings.precision, _of(model, settings, layers)
     )
-    every = (
-        max(1, round(settings.chunk / settings.batch_size)) * settings.batch_size
-    )  # batches are always the same ones
+    # a multiple of the batch: batches are the same ones wherever a run was cut
+    every = max(1, round(settings.chunk / settings.batch_size)) * settings.batch_size
     chunks = [range(start, min(start + every, len(source))) for start in range(0, len(source), every)]
     folder = out.with_name(f"{out.name}.parts")
     try:
@@ -66,10 +66,10 @@ def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) ->
         _compute(function, source, model, settings, size, device, folder, chunks)
         barrier()
         if is_main():
-            _join(folder, chunks, source, out, write)
-        barrier()
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror or error}); choose another file") from None
+            _join(folder, len(chunks), source, out, write)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"out={out}: cannot be written ({reason}); choose another file") from None
     return out
 
 
@@ -120,10 +120,15 @@ def _chunk(folder: Path, number: int) -> Path:
     return folder / f"{number:08d}.safetensors"
 
 
-def _read_chunk(folder: Path, number: int) -> dict[str, Tensor] | None:
-    with suppress(OSError, SafetensorError):
-        return load_file(_chunk(folder, number))
-    return None
+def _columns(folder: Path, chunks: int, name: str) -> Iterator[Tensor]:
+    """`name` of every chunk in turn. Raises UserError where one cannot be read; it is taken away, to be made again."""
+    for number in range(chunks):
+        try:
+            with safe_open(_chunk(folder, number), "pt") as file:
+                yield file.get_tensor(name)
+        except (OSError, SafetensorError):
+            _chunk(folder, number).unlink(missing_ok=True)
+            raise UserError(f"{_chunk(folder, number)} cannot be read; the same command makes it again") from None
 
 
 def _compute(
@@ -171,44 +176,26 @@ def _compute(
             save()
 
 
-def _join(folder: Path, chunks: list[range], source: Source, out: Path, write: Callable[..., None]) -> None:
+def _join(folder: Path, chunks: int, source: Source, out: Path, write: Callable[..., None]) -> None:
     """All chunks as one file, which appears whole or not at all; the chunks go."""
 
-    def parts() -> Iterator[dict[str, Tensor]]:
-        for number in range(len(chunks)):
-            chunk = _read_chunk(folder, number)
-            if chunk is None:
-                _chunk(folder, number).unlink(missing_ok=True)
-                raise UserError(f"{_chunk(folder, number)} cannot be read; the same command computes it again")
-            yield chunk
+    def column(name: str) -> Iterator[Tensor]:
+        return _columns(folder, chunks, name)
 
-    shapes = [chunk["features"].shape for chunk in parts()]
-    total = sum(shape[0] for shape in shapes)
+    total, shape = sum(len(index_N) for index_N in column("index")), next(column("features")).shape[1:]
     if not total:
         raise UserError(f"data: no image of '{source.name}' can be read")
     temporary = out.with_name(f".{out.name}.tmp")
-    write(temporary, parts, (total, *shapes[0][1:]), source)
+    write(temporary, column, (total, *shape), source)
     os.replace(temporary, out)
     shutil.rmtree(folder, ignore_errors=True)
-    say(f"{total:,} of {len(source):,} images of {source.name}, features {tuple(shapes[0][1:])}")
+    say(f"{total:,} of {len(source):,} images of {source.name}, features {tuple(shape)}")
 
 
-def _write_npz(
-    out: Path, parts: Callable[[], Iterator[dict[str, Tensor]]], shape: tuple[int, ...], source: Source
-) -> None:
+def _write_npz(out: Path, column: Callable[[str], Iterator[Tensor]], shape: tuple[int, ...], source: Source) -> None:
     """An uncompressed .npz, written array by array and chunk by chunk; its bytes depend on nothing but the numbers."""
-    longest = max(len(source.path(int(index))) for chunk in parts() for index in chunk["index"])
+    longest = max(len(source.path(index)) for index_N in column("index") for index in index_N.tolist())
     text = np.dtype(f"<U{longest}")
-
-    def paths(chunk: dict[str, Tensor]) -> np.ndarray:
-        return np.array([source.path(index) for index in chunk["index"].tolist()], dtype=text)
-
-    columns: dict[str, tuple[np.dtype, tuple[int, ...], Callable[[dict[str, Tensor]], np.ndarray]]] = {
-        "features": (np.dtype("<f4"), shape, lambda chunk: chunk["features"].numpy()),
-        "index": (np.dtype("<i8"), shape[:1], lambda chunk: chunk["index"].numpy()),
-        "label": (np.dtype("<i8"), shape[:1], lambda chunk: chunk["label"].numpy()),
-        "path": (text, shape[:1], paths),
-    }
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
 
         def entry(name: str, dtype: np.dtype, shape: tuple[int, ...], blocks: Iterator[np.ndarray]) -> None:
@@ -218,8 +205,11 @@ def _write_npz(
                 for block in blocks:
                     file.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
 
-        for name, (dtype, whole, block_of) in columns.items():
-            entry(name, dtype, whole, (block_of(chunk) for chunk in parts()))
+        entry("features", np.dtype("<f4"), shape, (block.numpy() for block in column("features")))
+        for name in ("index", "label"):
+            entry(name, np.dtype("<i8"), shape[:1], (block.numpy() for block in column(name)))
+        names = ([source.path(index) for index in block.tolist()] for block in column("index"))
+        entry("path", text, shape[:1], (np.array(block, dtype=text) for block in names))
         if source.classes:
             classes = np.array(source.classes)
             entry("classes", classes.dtype, classes.shape, iter([classes]))
@@ -233,23 +223,21 @@ def _parquet_writer() -> Callable[..., None]:
     except ImportError:
         raise UserError("out: .parquet files need pyarrow; install the extra: pip install 'dino-sd[parquet]'") from None
 
-    def write(
-        out: Path, parts: Callable[[], Iterator[dict[str, Tensor]]], shape: tuple[int, ...], source: Source
-    ) -> None:
+    def write(out: Path, column: Callable[[str], Iterator[Tensor]], shape: tuple[int, ...], source: Source) -> None:
         width = int(np.prod(shape[1:]))
         fields = [("path", pa.string()), ("index", pa.int64()), ("label", pa.int64())]
         fields.append(("features", pa.list_(pa.float32(), width)))
         notes = {"shape": json.dumps(list(shape[1:])), "classes": json.dumps(source.classes)}
         schema = pa.schema(fields, metadata=notes)
         with pq.ParquetWriter(out, schema) as writer:
-            for chunk in parts():
-                if not len(chunk["index"]):
+            parts = zip(column("index"), column("label"), column("features"), strict=True)
+            for index_N, label_N, features in parts:
+                if not len(index_N):
                     continue
-                indices = chunk["index"].tolist()
-                names = [source.path(index).encode("utf-8", "backslashreplace").decode() for index in indices]
-                flat = pa.array(chunk["features"].flatten().numpy())
-                columns = [names, chunk["index"].numpy(), chunk["label"].numpy()]
-                arrays = [pa.array(values, kind) for values, (_, kind) in zip(columns, fields, strict=False)]
+                paths = (source.path(index) for index in index_N.tolist())
+                names = [path.encode("utf-8", "backslashreplace").decode() for path in paths]
+                arrays = [pa.array(names), pa.array(index_N.numpy()), pa.array(label_N.numpy())]
+                flat = pa.array(features.flatten().numpy())
                 arrays.append(pa.FixedSizeListArray.from_arrays(flat, width))
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 

@@ -146,7 +146,8 @@ def report(out: Path, exported: Exported, formats: dict[str, ModuleType], differ
     """Says what was written and found, and how to load it."""
     print(f"exported {exported.model.description} to {out}")
     for name, found in differences.items():
-        libraries, outputs, places, _ = (dict.fromkeys(part) for part in zip(*(key.split(", ") for key in found)))
+        parts = zip(*(key.split(", ") for key in found), strict=True)
+        libraries, outputs, places, _ = (dict.fromkeys(part) for part in parts)
         print(
             f"reloaded in a fresh process without dino_sd, by {', '.join(libraries)}: largest difference of "
             f"{', '.join(outputs)} {max(found.values()):.1e} ({', '.join(places)} pixels, batches of "

@@ -140,7 +140,7 @@ class Embedding:
         how: dict[str, Any] = {
             "size": self.size, "crop": model.crop, "mean": model.mean, "std": model.std,
             "precision": self.settings.precision, "device": self.device.type, "files": dates_of(source.files()),
-            "model": (getattr(model.backbone, "model_args", {}), repr(model.backbone)),
+            "model": repr(model.backbone),
             "versions": (__version__, torch.__version__),
         }  # fmt: skip
         data = [source.fingerprint().encode(), b"" if labels_N is None else labels_N.tobytes()]

@@ -45,7 +45,8 @@ def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Pat
     wanted = settings.images or indices_N[evenly(len(indices_N), settings.count)].tolist()
     for index in wanted:
         if index not in place_of:
-            reason = "left out or unreadable" if index < len(source) else f"not among 0 to {len(source) - 1}"
+            reason = f"left out by limit={settings.limit}" if settings.limit else "cannot be read"
+            reason = reason if index < len(source) else f"not among 0 to {len(source) - 1}"
             raise UserError(f"images={index}: {reason}, in '{data}'; choose another")
     places_N = torch.tensor([place_of[index] for index in wanted])
     queries_ND = F.normalize(features_ND[places_N], dim=1)

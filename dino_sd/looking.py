@@ -45,28 +45,30 @@ def attention(spec: str | Path, images: Sequence[str], settings: AttentionSettin
     draw = partial(
         attention_picture, model, size=settings.size, mass=settings.mass, heads=settings.heads, layer=settings.layer
     )
-    written, folder = [], Path(settings.out)
+    written: list[Path] = []
     for clip in clips:
-        written.append(_moving(draw, clip, model.channels, folder, settings))
-    if stills:
-        chosen = _chosen(stills, model.channels, settings.limit)
-        with progress("attention") as show:
-            for done, (name, image_CHW) in enumerate(_readable(chosen, folder), 1):
-                save(draw(image_CHW), path := folder / f"{name}.png")
-                written.append(path)
-                show(done, len(chosen))
+        written.append(_moving(draw, clip, model.channels, settings, written))
+    chosen = _chosen(stills, model.channels, settings.limit)
+    with progress("attention") as show:
+        for done, (stem, image_CHW) in enumerate(_readable(chosen), 1):
+            save(draw(image_CHW), path := _free(Path(settings.out), f"{stem}_attention", ".png", written))
+            written.append(path)
+            show(done, len(chosen))
     return written
 
 
 def _moving(
-    draw: Callable[..., Image.Image], name: str, channels: int, folder: Path, settings: AttentionSettings
+    draw: Callable[..., Image.Image], name: str, channels: int, settings: AttentionSettings, written: list[Path]
 ) -> Path:
+    """Draws a video; returns its path, which is none of those written."""
     video_file = name.lower().endswith(VIDEO_EXTENSIONS)
     suffix = f".{settings.format}" if settings.format != "auto" else ".mp4" if video_file else ".gif"
     check_can_write(suffix)
-    clip = _frames(name, channels, settings.fps) if os.path.isdir(name) else open_clip(Path(name))
+    clip = _frames(name, channels) if os.path.isdir(name) else open_clip(Path(name))
+    if settings.limit and (clip.count or 0) > settings.limit * settings.every:
+        say(f"{name}: its first {settings.limit * settings.every} of {clip.count:,} frames; limit=0 takes all")
     clip = clip.thinned(settings.every, settings.limit)
-    path = folder / f"{Path(os.path.abspath(name)).stem}{suffix}"
+    path = _free(Path(settings.out), f"{Path(os.path.abspath(name)).stem}_attention", suffix, written)
     with progress(f"attention of {name}") as show:
 
         def drawn() -> Iterator[Image.Image]:
@@ -83,13 +85,13 @@ def _moving(
     return path
 
 
-def _frames(folder: str, channels: int, fps: float | None) -> Clip:
+def _frames(folder: str, channels: int) -> Clip:
     """The images of a folder by name, numbers in it as numbers: 9 before 10."""
     source = open_source(folder, channels)
     parts = [re.split(r"(\d+)", source.path(index)) for index in range(len(source))]
     keys = [[int(part) if part.isdigit() else part for part in name] for name in parts]
     order = sorted(range(len(source)), key=keys.__getitem__)
-    return Clip((source.image(index) for index in order), len(order), fps or FPS)
+    return Clip((source.image(index) for index in order), len(order), FPS)
 
 
 def pca(spec: str | Path, images: Sequence[str], settings: PcaSettings) -> list[Path]:
@@ -100,14 +102,13 @@ def pca(spec: str | Path, images: Sequence[str], settings: PcaSettings) -> list[
     model, _ = open_model(spec, settings)
     if not is_main():
         return []
-    folder = Path(settings.out)
-    chosen = list(_readable(_chosen(images, model.channels, settings.limit), folder, "pca"))
+    folder, written = Path(settings.out), []
+    chosen = list(_readable(_chosen(images, model.channels, settings.limit)))
     with progress("patches") as show:
         pictures = [image_CHW for _, image_CHW in chosen]
         drawn = patch_components(model, pictures, size=settings.size, layer=settings.layer, progress=show)
-    written = []
-    for (name, _), one in zip(chosen, drawn, strict=True):
-        save(components_sheet([one], side=384), path := folder / f"{name}.png")
+    for (stem, _), one in zip(chosen, drawn, strict=True):
+        save(components_sheet([one], side=384), path := _free(folder, f"{stem}_pca", ".png", written))
         written.append(path)
     save(components_sheet(drawn), sheet := folder / "pca.png")
     return [*written, sheet]
@@ -140,21 +141,23 @@ def _chosen(specs: Sequence[str], channels: int, limit: int) -> list[tuple[Sourc
     return chosen
 
 
-def _readable(chosen: list[tuple[Source, int]], folder: Path, *taken: str) -> Iterator[tuple[str, Tensor]]:
-    """(a file's name of its own, image); images that cannot be read are said. Raises BadImage where none can be."""
-    names, bad = set(taken), []
+def _readable(chosen: list[tuple[Source, int]]) -> Iterator[tuple[str, Tensor]]:
+    """(name for a file, image); what cannot be read is left out, and said. Raises BadImage where nothing can be."""
+    bad: list[BadImage] = []
     for source, index in chosen:
         try:
             image_CHW = source.image(index)
         except BadImage as error:
             bad.append(error)
-            say(f"warning: left out: {error}")
             continue
-        stem = re.sub(r"[^\w.+-]+", "_", Path(source.path(index)).stem).strip("_") or "image"
-        name = next(
-            one for one in (stem, *(f"{stem}-{number}" for number in range(2, len(chosen) + 3))) if one not in names
-        )
-        names.add(name)
-        yield name, image_CHW
-    if len(bad) == len(chosen):
+        yield re.sub(r"[^\w.+-]+", "_", Path(source.path(index)).stem).strip("_") or "image", image_CHW
+    if bad and len(bad) == len(chosen):
         raise bad[0]
+    for error in bad:
+        say(f"warning: left out: {error}")
+
+
+def _free(folder: Path, stem: str, suffix: str, written: list[Path]) -> Path:
+    """A file's path in the folder that is none of those written."""
+    names = (folder / f"{stem}{number}{suffix}" for number in ("", *(f"-{n}" for n in range(2, len(written) + 3))))
+    return next(path for path in names if path not in written)

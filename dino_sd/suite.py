@@ -9,7 +9,6 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dino_sd import evaluator_config
@@ -30,7 +29,7 @@ from dino_sd.models.model import Model
 from dino_sd.recipe import recipes
 from dino_sd.segment import evaluate_segmentation
 from dino_sd.settings import check_keys, parse, plain, read_yaml
-from dino_sd.tables import INTERVAL, NOT_SETTINGS, heading, is_score, write_json, write_text
+from dino_sd.tables import INTERVAL, NOT_SETTINGS, console_for, heading, is_score, write_json, write_text
 
 # {name in a suite's file: its function}; the class of its settings has the same name in evaluator_config.py
 EVALUATORS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -139,7 +138,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def hand_out(report: dict[str, Any], model: Model, out: str | None, json_only: bool) -> None:
     """Prints the table, and writes it as Markdown and as JSON where there is a place for them."""
-    console = Console(stderr=json_only, markup=False, highlight=False)
+    console = console_for(json_only)
     table = Table(title=f"{report['suite']}: {report['model']}", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column == "value" else "left")

@@ -37,7 +37,7 @@ def heading(key: str) -> str:
 
 
 def is_score(key: str) -> bool:
-    return key.partition("@")[0] in SCORES
+    return key.partition("@")[0] in SCORES and not key.endswith(INTERVAL)
 
 
 def accuracies(top1: float, top5: float, images: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def deliver(report: dict[str, Any], model: Model, out: str | None, json_only: bo
     """Rank 0 prints the table, and writes the file where there is a place for it."""
     if not is_main():
         return
-    console = Console(stderr=json_only)
+    console = console_for(json_only)
     print_report(console, report)
     path = Path(out) if out else place_of(report, model.folder)
     if path is not None:
@@ -95,6 +95,14 @@ def deliver(report: dict[str, Any], model: Model, out: str | None, json_only: bo
         console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
     if json_only:
         print(json.dumps(report), flush=True)
+
+
+def console_for(json_only: bool) -> Console:
+    """On stdout, or on stderr where stdout is for JSON; wide enough for a table where nobody's terminal says less."""
+    console = Console(stderr=json_only, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    return console
 
 
 def place_of(report: dict[str, Any], folder: Path | None) -> Path | None:

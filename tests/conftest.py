@@ -63,6 +63,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """What tests keep is not the user's, and what the user has kept is no part of a test."""
+    monkeypatch.setenv("DINO_SD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def command(*arguments: str | Path, ranks: int = 1, **options: Any) -> subprocess.CompletedProcess:
     """The program in a process of its own, under torchrun when ranks > 1."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []

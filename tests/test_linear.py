@@ -87,6 +87,24 @@ def test_the_best_rate_on_held_out_train_images_is_taken_whatever_the_test_set_s
         assert result.held_out["features"][math.inf] == 0, "a probe that is not a number is wrong about everything"
 
 
+def test_choices_side_by_side_equal_choices_alone_and_the_best_one_is_taken():
+    """Columns 0 to 15 say the class, the others are noise; a choice may be made of columns that lie apart."""
+    train, labels = blobs(600, spread=0.5)
+    noise = torch.from_numpy(np.random.Generator(np.random.Philox(5)).normal(size=(600, 24))).float()
+    both = torch.cat([noise[:, :8], train, noise[:, 8:]], 1)
+    choices = {"noise": [slice(24, 40)], "class": [slice(8, 24)], "apart": [slice(0, 8), slice(24, 32)]}
+    rates = (0.001, 0.05)
+    together = linear_probe(both, labels, both, labels, choices=choices, lr=rates, epochs=4, batch_size=100)
+    assert together.choice == "class" and together.weight_CD.shape == (10, 16)
+    for name, columns in choices.items():
+        part = torch.cat([both[:, column] for column in columns], 1)
+        alone = linear_probe(part, labels, part, labels, lr=rates, epochs=4, batch_size=100)
+        assert together.held_out[name] == alone.held_out["features"]
+        if name == "class":
+            torch.testing.assert_close(together.weight_CD, alone.weight_CD)
+            assert (together.top1, together.top5, together.lr) == (alone.top1, alone.top5, alone.lr)
+
+
 def test_features_of_an_epoch_may_be_computed_anew():
     train, labels = blobs(300, spread=0.5)
     asked = []

@@ -106,7 +106,8 @@ def test_supervised_run_learns_and_is_judged(tmp_path: Path):
     assert scores["accuracy"] == pytest.approx(np.mean(scores["accuracy_per_class"]))
     assert scores["accuracy"] > 50 and scores["accuracy_top5"] == 100 and "knn" in scores
     report = evaluate_accuracy(run, AccuracySettings(test=str(small), device="cpu", workers=0))
-    assert report["results"] == [{"output": "classifier", "top1": scores["accuracy"], "top5": 100.0}]
+    (row,) = report["results"]
+    assert (row["output"], row["top1"], row["top5"]) == ("classifier", scores["accuracy"], 100.0)
     assert report["per_class"] == dict(zip("abc", scores["accuracy_per_class"], strict=True))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dino_sd.errors import UserError
 
-_PRODUCTS = 2**25  # similarities held at a time
+_PRODUCTS = 2**23  # similarities held at a time
 
 
 class RetrievalResult(NamedTuple):

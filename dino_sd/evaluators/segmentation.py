@@ -106,4 +106,5 @@ def scores_of(counts_N3C: np.ndarray) -> SegmentationScores:
     both_C, called_C, true_C = sums_13C[0]
     union_C = called_C + true_C - both_C
     iou_C = np.divide(both_C, union_C, out=np.full(len(union_C), np.nan), where=union_C > 0)
-    return SegmentationScores(100 * miou_of(sums_13C)[0], 100 * pixel_accuracy_of(sums_13C)[0], 100 * iou_C)
+    miou, accuracy = (100 * float(score(sums_13C)[0]) for score in (miou_of, pixel_accuracy_of))
+    return SegmentationScores(miou, accuracy, 100 * iou_C)

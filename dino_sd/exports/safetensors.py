@@ -28,7 +28,7 @@ def usages(exported: Exported) -> list[Usage]:
     if exported.stages is not None:
         lines += [
             "pool = model.global_pool  # lost with the stages",
-            f"model.prune_intermediate_layers([{backbone.depth - 1}])  # the stem is 0: ends after stage {exported.stages}",
+            f"model.prune_intermediate_layers([{backbone.depth - 1}])  # 0 is the stem",
             "model.global_pool = pool",
         ]
     lines += [f'model.load_state_dict(load_file("FOLDER/{WEIGHTS}"))', "model.eval()"]

@@ -74,6 +74,10 @@ class Backbone(nn.Module):
         patch_size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch_size: int | None = patch_size[0] if isinstance(patch_size, tuple) else patch_size
 
+    def extra_repr(self) -> str:
+        """All that features depend on and no module or weight of it shows: kept features are found by it."""
+        return f"{self.name}, size={self.size}, model_args={self.model_args}, position_resize={self.position_resize}"
+
     def forward(self, images_NCHW: Tensor, layers: Sequence[int] = ()) -> Features:
         """images_NCHW: normalised. layers: blocks (stages of a convnet), counted from 0; negative from the end."""
         if not layers:
