@@ -48,14 +48,17 @@ def _running() -> Iterator[str]:
 
 def visit(
     page: Path, width: int, height: int, *, dark: bool = False, touch: bool = False, scripts: tuple[str, ...] = (),
-    picture: Path | None = None, whole: bool = False, hover: str = "",
+    picture: Path | None = None, whole: bool = False, hover: str = "", dawn: bool = False,
 ) -> Visit:  # fmt: skip
-    """Opens a file, moves over what `hover` selects, runs scripts one after the other, pictures the window or all."""
+    """Opens a file, moves over what `hover` selects, runs scripts one after the other, pictures the window or all.
+
+    dawn: what was opened dark becomes light, or the other way round, before the scripts.
+    """
     with _running() as address:
-        return asyncio.run(_visit(address, page, width, height, dark, touch, scripts, picture, whole, hover))
+        return asyncio.run(_visit(address, page, width, height, dark, touch, scripts, picture, whole, hover, dawn))
 
 
-async def _visit(address, page, width, height, dark, touch, scripts, picture, whole, hover) -> Visit:  # noqa: ANN001
+async def _visit(address, page, width, height, dark, touch, scripts, picture, whole, hover, dawn) -> Visit:  # noqa: ANN001
     from tornado.websocket import websocket_connect
 
     socket, seen, number = await websocket_connect(address, max_message_size=2**28), Visit(), 0
@@ -112,6 +115,8 @@ async def _visit(address, page, width, height, dark, touch, scripts, picture, wh
         x, y = await run(f"(() => {{ const {find}; return {middle}; }})()")
         for shift in (-200, -100, 0, 100):
             await ask("Input.dispatchMouseEvent", type="mouseMoved", x=x + shift, y=y)
+    if dawn:
+        await ask("Emulation.setEmulatedMedia", features=[scheme[0] | {"value": "light" if dark else "dark"}])
     for script in scripts:
         seen.found.append(await run(script))
     if picture is not None:

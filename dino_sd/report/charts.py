@@ -103,7 +103,7 @@ class Figures:
         figure.toolbar.logo = None
         figure.xaxis.formatter = models.NumeralTickFormatter(format="0.[0]a" if self.end >= 1e5 else "0,0")
         if tiny:
-            figure.yaxis.formatter = models.BasicTickFormatter()
+            figure.yaxis.formatter = models.BasicTickFormatter(precision=1)
         else:
             figure.yaxis.formatter = models.NumeralTickFormatter(format=chart.format)
         axes: list[Any] = [*figure.xaxis, *figure.yaxis]

@@ -28,6 +28,7 @@ NEIGHBOURS = 6
 FEWEST = 4 * NEIGHBOURS  # images below which there are no neighbours
 WIDEST = 1440  # pixels of a picture
 BATCH = 32  # images at a time
+ENLARGED = 590  # pixels, width up to which small crops are shown larger
 
 
 class FixedImages:
@@ -109,7 +110,7 @@ class FixedImages:
         crops = sheets.crops_of_step(self.cfg, self.source, SHOWN, step)
         sheet, _ = sheets.crops_sheet(crops, self.source.dtype == torch.uint8, originals=True)
         picture = Image.fromarray((sheet * 255).round().astype(np.uint8)).convert("RGB")
-        larger = max(WIDEST // 2 // picture.width, 1)
+        larger = max(ENLARGED // picture.width, 1)
         return picture.resize((picture.width * larger, picture.height * larger), Image.Resampling.NEAREST)
 
 

@@ -13,6 +13,7 @@ from dino_sd.report.folder import Run
 from dino_sd.report.markup import Html, in_script, join, tag, text
 from dino_sd.report.signs import Chart, charts_of
 
+USE = " Across are the steps of training. Drag over a chart to zoom into all of them; tap a name to hide its line."
 HERE = Path(__file__).parent
 
 
@@ -20,15 +21,15 @@ def page(runs: list[Run]) -> str:
     """The whole document."""
     figures = Figures(runs)
     curves = _curves(runs, figures)
-    parts = [("Overview", "overview", "", [sections.overview(runs)]), *curves]
+    parts = [("Overview", "overview", "", [sections.overview(runs)])]
     if (signs := sections.health_table(runs)) is not None:
-        about = "Taken from the features and the teacher's output, without labels; the verdict follows from them."
+        about = "The numbers behind the verdict, taken from features and the teacher's output, without labels."
         parts.append(("Health signs", "health", about, [tag("div", signs, class_="card")]))
-    parts.append(("Scores", "scores", "", sections.scores_section(runs)))
+    parts += [("Scores", "scores", "", sections.scores_section(runs)), *curves]
     about = "The same few training images, through the eyes of the network as it learns."
     parts.append(("What it sees", "pictures", about, pictures_section(runs)))
     parts.append(("Trouble", "trouble", "", sections.trouble_section(runs)))
-    parts.append(("Settings", "settings", "What differs from the defaults.", sections.settings_section(runs)))
+    parts.append(("What ran", "settings", "What differs from the defaults.", sections.settings_section(runs)))
     parts.append(("Run it again", "again", "", sections.again_section(runs)))
     parts = [part for part in parts if part[3]]
     links = [tag("a", heading, href=f"#{place}") for heading, place, _, _ in parts]
@@ -56,10 +57,15 @@ def _curves(runs: list[Run], figures: Figures) -> list[tuple[str, str, str, list
     keys = list(dict.fromkeys(key for run in runs for key in run.names()))
     for number, (heading, about, charts) in enumerate(charts_of(keys)):
         cards = [card for chart, labels in charts if (card := _card(figures, chart, labels)) is not None]
-        use = " Drag over a chart to zoom into all of them; tap a name below it to hide its line." if not number else ""
+        use = USE + _marks(runs) if not number else ""
         if cards:
             found.append((heading, f"curves{number}", about + use, [tag("div", *cards, class_="charts")]))
     return found
+
+
+def _marks(runs: list[Run]) -> str:
+    went_on = " Dotted upright lines: a run went on from a checkpoint." if any(run.starts for run in runs) else ""
+    return went_on + (" Red ones: a step was skipped." if any(run.anomalies for run in runs) else "")
 
 
 def _card(figures: Figures, chart: Chart, labels: dict[str, str]) -> Html | None:

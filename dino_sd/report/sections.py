@@ -83,6 +83,9 @@ def _tiles(run: Run) -> Html:
         if values:
             since = f"from {values[0]:.1f} %" if len(values) > 1 else ""
             tiles.append((name, f"{values[-1]:.1f} %", since))
+    for found in run.evaluations.values():
+        if (best := _best(found)) is not None:
+            tiles.append((f"{found.get('evaluator')}, top-1", f"{best:.1f} %", "evaluated"))
     for key, name, unit in (
         ("loss", "Loss", "nats"), ("feature_spread", "Feature spread", "0 to 1"),
         ("health/effective_rank", "Effective rank", "directions"),
@@ -91,11 +94,19 @@ def _tiles(run: Run) -> Html:
             tiles.append((name, number(value), unit))
     if (speed := run.last("images_per_s")) is not None:
         waiting = run.last("data_wait")
-        tiles.append(("Speed", f"{speed:,.0f} images/s", f"{waiting:.0%} waiting for data" if waiting else ""))
+        waited = f", {waiting:.0%} waiting" if waiting else ""
+        tiles.append(("Speed", f"{speed:,.0f}", f"images/s{waited}"))
     if (spent := seconds(run)) is not None:
         tiles.append(("Time in training", duration(spent), "without evaluations"))
     shown = (tag("div", tag("dt", name), tag("dd", value, tag("small", more))) for name, value, more in tiles)
     return tag("dl", *shown, class_="tiles")
+
+
+def _best(found: dict[str, Any]) -> float | None:
+    """The top-1 accuracy of an evaluation, the highest of several rows."""
+    rows = found.get("results")
+    scores = [row.get("top1") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return max((score for score in scores if is_number(score)), default=None)
 
 
 def one_line(run: Run) -> str:
@@ -115,20 +126,20 @@ def one_line(run: Run) -> str:
 def health_table(runs: list[Run]) -> Html | None:
     """First and last value of every sign, with what one wants to see."""
     rows = []
+    several = len(runs) > 1
     charts = [chart for _, _, charts in GROUPS for chart in charts]
     for key, name in HEALTH.items():
         chart = next(chart for chart in charts if label_of(chart, key) is not None)
-        cells = [_sign(run, key, chart) for run in runs]
+        cells = [_sign(run, key, chart, several) for run in runs]
         if any(cells):
             rows.append([name, *(cell or "–" for cell in cells), chart.healthy])
     if not rows:
         return None
-    several = len(runs) > 1
     shown = table(["sign", *(run.name if several else "first → last" for run in runs), "healthy"], rows, numbers=False)
-    return tag("div", shown, class_=None if several else "stacked")
+    return tag("div", shown, class_="stacked several" if several else "stacked")
 
 
-def _sign(run: Run, key: str, chart: Chart) -> Html | None:
+def _sign(run: Run, key: str, chart: Chart, named: bool) -> Html | None:
     values = run.series(key)[1]
     if not values:
         return None
@@ -136,7 +147,7 @@ def _sign(run: Run, key: str, chart: Chart) -> Html | None:
     inside = any((z.low is None or now > z.low) and (z.high is None or now < z.high) for z in chart.zones)
     dot = tag("span", class_=f"dot {'bad' if inside or now != now else 'good'}") if chart.zones else Html("")
     shown = f"{number(values[0])} → {number(now)}" if len(values) > 1 else number(now)
-    return tag("span", dot, shown, class_="sign")
+    return tag("span", dot, shown, class_="sign", data_run=f"{run.name}: " if named else None)
 
 
 def settings_section(runs: list[Run]) -> list[Html]:

@@ -235,7 +235,7 @@ HEALTH = {  # keys whose first and last values say how a run is doing
     "health/information": "Information",
     "health/prototypes_used": "Prototypes in use",
     "health/teacher_entropy": "Teacher's entropy",
-    "dino/loss_share": "Loss, as a share of ln K",
+    "dino/loss_share": "Loss / ln K",
     "health/gradient_norm": "Gradient norm",
     "health/update_norm": "Size of a step",
 }
