@@ -217,7 +217,7 @@ def dino_positions(model: Any, tokens_NHWD: Tensor) -> Tensor:
     factors = ((height + 0.1) / grid[0], (width + 0.1) / grid[1])
     map_1DHW = F.interpolate(map_1DHW, scale_factor=factors, mode="bicubic")
     positions_1PD = torch.cat([class_11D, map_1DHW.flatten(2).transpose(1, 2)], 1).to(tokens_NHWD.dtype)
-    token_N1D = model.cls_token.expand(len(tokens_NHWD), -1, -1)
+    token_N1D = model.cls_token.expand(tokens_NHWD.shape[0], -1, -1)
     return model.pos_drop(torch.cat([token_N1D, tokens_NHWD.flatten(1, 2)], 1) + positions_1PD)
 
 
