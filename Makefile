@@ -14,7 +14,7 @@ quickstart: .venv/ready
 	$(BIN)/dino-sd quickstart
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Thirty kills, hanging and unlike ranks, restarts: a quarter of an hour on two cores.
 test-faults: .venv/ready

@@ -66,9 +66,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C inside torch's writer, which reports its own end
+        cause: BaseException = error  # torch's writer reports its own end, and what was wrong before only as a context
+        while cause.__context__ is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):
+            cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
             raise KeyboardInterrupt from None
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"checkpoint: {path} cannot be written ({reason}); earlier ones are whole") from None
 
 

@@ -1,5 +1,6 @@
 """The commands. Each unpacks its arguments, calls one function, and knows nothing more."""
 
+import importlib
 import os
 import sys
 import traceback
@@ -31,7 +32,9 @@ DATA = (
     "fashion-mnist-mini:train|test (ships with the package). Several: 'data=[A,B]' 'data.weights=[1,2]'."
 )
 MODEL = (
-    "MODEL is a run folder, a checkpoint, an export folder, timm:NAME, or `pixels` for the raw images as a baseline."
+    "MODEL is a run folder, a checkpoint, an export or other folder in timm's format, a file of weights as DINO and "
+    "DINOv2 were published (x.pth, or 'x.pth,num_heads=2' for what it does not say of itself), timm:NAME, or `pixels` "
+    "for the raw images as a baseline."
 )
 
 
@@ -72,10 +75,10 @@ def train_settings() -> Any:
 
 
 def class_settings(name: str) -> Any:
-    from dino_sd import config
+    from dino_sd import config, evaluator_config
     from dino_sd.settings import fields
 
-    return fields(getattr(config, name), {})
+    return fields(getattr(config, name, None) or getattr(evaluator_config, name), {})
 
 
 DURATIONS = (
@@ -150,6 +153,22 @@ def export(
 JSON = typer.Option("--json", help="print one JSON object on stdout and nothing else there")
 
 
+@app.command(add_help_option=False)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE]...", help="folders of runs, and settings")],
+    help: Annotated[bool, help_option("\nSettings of report.", lambda: class_settings("ReportSettings"))] = False,
+) -> None:
+    """One page of a run, or of several side by side, to be opened anywhere: dino-sd report RUN [RUN ...]."""
+    from dino_sd.config import ReportSettings
+    from dino_sd.report import report as write
+
+    pairs = [argument for argument in runs if "=" in argument and not Path(argument).exists()]
+    folders = [argument for argument in runs if argument not in pairs]
+    if not folders:
+        raise UserError("report: expected the folder of a run, such as `dino-sd report runs/dino`")
+    print(write(folders, settings(ReportSettings, pairs)))
+
+
 @app.command(add_help_option=False, epilog=DATA)
 def inspect(
     data: str,
@@ -178,32 +197,47 @@ def views(
     print(run(data, pairs or [], images, epoch, out))
 
 
-@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
-def knn(
-    model: str,
-    pairs: Annotated[list[str] | None, PAIRS] = None,
-    json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of knn.", lambda: class_settings("KnnSettings"))] = False,
-) -> None:
-    """Weighted k-NN of a frozen backbone: dino-sd knn MODEL train=DATA test=DATA."""
-    from dino_sd.config import KnnSettings
-    from dino_sd.evaluate import evaluate_knn
+EVALUATORS = {  # name: (the module that has its function, help)
+    "knn": ("evaluate", "Weighted k-NN of a frozen backbone: dino-sd knn MODEL train=DATA test=DATA."),
+    "linear": ("evaluate", "Linear probe on a frozen backbone: dino-sd linear MODEL train=DATA test=DATA."),
+    "logistic": (
+        "evaluate",
+        "Logistic regression on frozen features: dino-sd logistic MODEL train=DATA test=DATA share=0.01,0.1,1.",
+    ),
+    "retrieval": ("evaluate", "Are the nearest images of the same class? dino-sd retrieval MODEL test=DATA."),
+    "segmentation": (
+        "segment", "Classes of pixels from frozen patches: dino-sd segmentation MODEL train=FOLDER test=FOLDER."
+    ),
+    "ranks": ("evaluate", "How features fill their space, without labels: dino-sd ranks MODEL test=DATA."),
+}  # fmt: skip
 
-    evaluate_knn(model, settings(KnnSettings, pairs), json_only=json)
+
+def add_evaluator(name: str, module: str, text: str) -> None:
+    """One command for each: they differ in their settings alone."""
+    cls = f"{name.capitalize()}Settings"
+
+    def command(
+        model: str,
+        pairs: Annotated[list[str] | None, PAIRS] = None,
+        json: Annotated[bool, JSON] = False,
+        help: Annotated[bool, help_option(f"\nSettings of {name}.", lambda: class_settings(cls))] = False,
+    ) -> None:
+        from dino_sd import evaluator_config
+
+        run = getattr(importlib.import_module(f"dino_sd.{module}"), f"evaluate_{name}")
+        run(model, settings(getattr(evaluator_config, cls), pairs), json_only=json)
+
+    app.command(name, add_help_option=False, help=text, epilog=f"{MODEL}\n\n{DATA}")(command)
 
 
-@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
-def linear(
-    model: str,
-    pairs: Annotated[list[str] | None, PAIRS] = None,
-    json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of linear.", lambda: class_settings("LinearSettings"))] = False,
-) -> None:
-    """Linear probe on a frozen backbone: dino-sd linear MODEL train=DATA test=DATA."""
-    from dino_sd.config import LinearSettings
-    from dino_sd.evaluate import evaluate_linear
+for name, (module, text) in EVALUATORS.items():
+    add_evaluator(name, module, text)
 
-    evaluate_linear(model, settings(LinearSettings, pairs), json_only=json)
+
+def evaluate_settings() -> Any:
+    shared = dict(class_settings("FrozenSettings"))
+    suite = [(key, field) for key, field in class_settings("SuiteSettings") if key not in shared]
+    return [*class_settings("AccuracySettings"), *suite]
 
 
 @app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
@@ -211,13 +245,121 @@ def evaluate(
     model: str,
     pairs: Annotated[list[str] | None, PAIRS] = None,
     json: Annotated[bool, JSON] = False,
-    help: Annotated[bool, help_option("\nSettings of evaluate.", lambda: class_settings("AccuracySettings"))] = False,
+    help: Annotated[
+        bool, help_option("\nSettings of evaluate with test=, then those that suite= adds.", evaluate_settings)
+    ] = False,
 ) -> None:
-    """Accuracy of a model trained with labels, of its exits and of all together: dino-sd evaluate MODEL test=DATA."""
-    from dino_sd.config import AccuracySettings
-    from dino_sd.evaluate import evaluate_accuracy
+    """Run a list of evaluators: dino-sd evaluate MODEL suite=FILE.
 
-    evaluate_accuracy(model, settings(AccuracySettings, pairs), json_only=json)
+    Or, of a model trained with labels, its accuracy, that of its exits and of all together: evaluate MODEL test=DATA.
+    """
+    from dino_sd.evaluate import evaluate_accuracy
+    from dino_sd.evaluator_config import AccuracySettings, SuiteSettings
+    from dino_sd.suite import evaluate_suite
+
+    if any(pair.startswith("suite=") for pair in pairs or []):
+        evaluate_suite(model, settings(SuiteSettings, pairs), json_only=json)
+    else:
+        evaluate_accuracy(model, settings(AccuracySettings, pairs), json_only=json)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def embed(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[bool, help_option("\nSettings of embed.", lambda: class_settings("EmbedSettings"))] = False,
+) -> None:
+    """Features of a whole set in one file, with names and labels: dino-sd embed MODEL DATA out=features.npz."""
+    from dino_sd.embed_files import embed_files
+    from dino_sd.evaluator_config import EmbedSettings
+
+    written = embed_files(model, data, settings(EmbedSettings, pairs))
+    if is_main():
+        print(written)
+
+
+IMAGES = typer.Argument(metavar="IMAGE... [KEY=VALUE]...", help="images, and settings; --help lists them all")
+IMAGE = (
+    "IMAGE is a file, a folder or any other DATA. Videos are animated GIFs and WebPs, folders with frames=true, and "
+    "with the extra `video` also .mp4, .mov, .avi, .mkv, .webm."
+)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{IMAGE}\n\n{DATA}")
+def attention(
+    model: str,
+    arguments: Annotated[list[str], IMAGES],
+    help: Annotated[bool, help_option("\nSettings of attention.", lambda: class_settings("AttentionSettings"))] = False,
+) -> None:
+    """Draw what a ViT's class token attends to: dino-sd attention MODEL IMAGE... out=DIR."""
+    from dino_sd.config import AttentionSettings
+    from dino_sd.looking import attention as run
+
+    images, pairs = images_and_pairs(arguments)
+    for path in run(model, images, settings(AttentionSettings, pairs)):
+        print(path)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{IMAGE}\n\n{DATA}")
+def pca(
+    model: str,
+    arguments: Annotated[list[str], IMAGES],
+    help: Annotated[bool, help_option("\nSettings of pca.", lambda: class_settings("PcaSettings"))] = False,
+) -> None:
+    """Draw the first three components of images' patches as colours: dino-sd pca MODEL IMAGE... out=DIR."""
+    from dino_sd.config import PcaSettings
+    from dino_sd.looking import pca as run
+
+    images, pairs = images_and_pairs(arguments)
+    for path in run(model, images, settings(PcaSettings, pairs)):
+        print(path)
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def neighbours(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[
+        bool, help_option("\nSettings of neighbours.", lambda: class_settings("NeighboursSettings"))
+    ] = False,
+) -> None:
+    """Draw some images of a set with those nearest to them: dino-sd neighbours MODEL DATA images=[3,14] out=FILE."""
+    from dino_sd.config import NeighboursSettings
+    from dino_sd.gallery import neighbours as run
+
+    say_where(run(model, data, settings(NeighboursSettings, pairs)))
+
+
+@app.command("map", add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def map_(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[bool, help_option("\nSettings of map.", lambda: class_settings("MapSettings"))] = False,
+) -> None:
+    """Draw a set's features on a plane, by UMAP or PCA: dino-sd map MODEL DATA out=FILE."""
+    from dino_sd.config import MapSettings
+    from dino_sd.gallery import map as run
+
+    say_where(run(model, data, settings(MapSettings, pairs)))
+
+
+@app.command(add_help_option=False, epilog=f"{MODEL}\n\n{DATA}")
+def prototypes(
+    model: str,
+    data: str,
+    pairs: Annotated[list[str] | None, PAIRS] = None,
+    help: Annotated[
+        bool, help_option("\nSettings of prototypes.", lambda: class_settings("PrototypesSettings"))
+    ] = False,
+) -> None:
+    """Draw the prototypes that a set uses most, with their images: dino-sd prototypes MODEL DATA out=FILE."""
+    from dino_sd.config import PrototypesSettings
+    from dino_sd.gallery import prototypes as run
+
+    say_where(run(model, data, settings(PrototypesSettings, pairs)))
 
 
 @bench_app.command("step")
@@ -249,6 +391,19 @@ def bench_data(
     if len(named) > 1:
         raise UserError(f"bench data: expected one DATA, found {' and '.join(named)}")
     run(named[0] if named else None, [pair for pair in arguments or [] if "=" in pair], feed, picture, cores, json)
+
+
+def images_and_pairs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """IMAGE... KEY=VALUE... apart; what lies on disk is an image, whatever its name. Raises UserError without one."""
+    images = [argument for argument in arguments if "=" not in argument or os.path.exists(argument)]
+    if not images:
+        raise UserError("expected one IMAGE or more: files, folders or other DATA; see --help")
+    return images, [argument for argument in arguments if argument not in images]
+
+
+def say_where(path: Path | None) -> None:
+    if path is not None:  # None on all ranks but one
+        print(path)
 
 
 def settings(cls: Any, pairs: list[str] | None) -> Any:

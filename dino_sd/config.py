@@ -1,4 +1,4 @@
-"""The settings of a run and of the evaluators: typed trees. They know no objects; build.py makes those."""
+"""The settings of a run and of what is done with it: typed trees. They know no objects; build.py makes those."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -158,6 +158,14 @@ class Health(Settings):
     )
 
 
+class Report(Settings):
+    every: Duration | None = Field(
+        default=0.25,
+        description="draw a few images as the network sees them, and write report.html, this often and at the end; "
+        "needs the extra `report`; duration; null: never",
+    )
+
+
 class Data(Settings):
     """`data=X` alone is `data.source=X`."""
 
@@ -244,6 +252,7 @@ class Config(Settings):
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint())
     log: Log = Field(default_factory=lambda: Log())
     health: Health = Field(default_factory=lambda: Health())
+    report: Report = Field(default_factory=lambda: Report())
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Config":
@@ -276,77 +285,11 @@ class Config(Settings):
         return self
 
 
-class JudgeSettings(Settings):
-    """What everything takes that judges a frozen model."""
-
-    test: str = Field(description="labelled set that is judged: DATA")
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="loader processes a rank"
-    )
-    precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute")
-    network: Literal["teacher", "student"] | None = Field(
-        default=None, description="of a checkpoint; null: the run's result"
-    )
-    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
-    out: str | None = Field(default=None, description="JSON file; null: evaluations/ beside the model")
-
-
-class EvaluatorSettings(JudgeSettings):
-    """What every evaluator of a frozen backbone takes."""
-
-    train: str = Field(description="labelled set to learn from: DATA")
-    channels: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="for MODEL `pixels` only: 1 is gray, 3 RGB; null: 3"
-    )
-
-
-class AccuracySettings(JudgeSettings):
-    """Accuracy of a model's own classifiers, exits and their ensemble."""
-
-    batch_size: int = Field(default=256, ge=1, description="images at a time")
-
-
 class GenerationsSettings(Settings):
     """A chain of born-again runs."""
 
     generations: int = Field(default=3, ge=1, description="born-again runs after the first, which learns from labels")
     stop_early: bool = Field(default=False, description="stop after a generation that is no better than its parent")
-
-
-class KnnSettings(EvaluatorSettings):
-    """Weighted k-NN on frozen features (Caron et al. 2021, appendix F.1)."""
-
-    k: Annotated[list[int], BeforeValidator(as_list)] = Field(
-        default=[20], description="neighbours that vote; one or a list"
-    )
-    temperature: float = Field(default=0.07, gt=0, description="a vote weighs exp(similarity / temperature)")
-    batch_size: int = Field(default=256, ge=1, description="images at a time")
-
-
-class LinearSettings(EvaluatorSettings):
-    """Linear probe on frozen features (Caron et al. 2021, appendix F.2)."""
-
-    blocks: int | None = Field(
-        default=None,
-        ge=1,
-        description="last blocks whose pooled outputs are concatenated; null: 4 with a class token, else 1",
-    )
-    pool: Literal["cls", "mean", "cls+mean"] = Field(
-        default="cls",
-        description="class token (or the model's own pooling) of each block; mean: of the last block's patches",
-    )
-    lr: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(as_list), Field(min_length=1)] = Field(
-        default=[0.001, 0.003, 0.01, 0.03, 0.1],
-        description="learning rate for 256 images a step; of a list, the best on a tenth of the training set is taken",
-    )
-    epochs: int = Field(default=100, ge=1, description="passes over the training set")
-    batch_size: int = Field(default=1024, ge=1, description="features a step")
-    augment: bool = Field(
-        default=False, description="random resized crops and flips; features are computed anew every epoch"
-    )
-    seed: int = Field(default=0, ge=0, description="order of the features and first weights")
-    embed_batch_size: int = Field(default=256, ge=1, description="images at a time through the backbone")
 
 
 def _split(value: Any) -> Any:
@@ -384,3 +327,101 @@ class InspectSettings(Settings):
         default="auto", description="processes that look at images"
     )
     out: str | None = Field(default="inspect.png", description="picture of the set; null: none")
+
+
+class LookSettings(Settings):
+    """What every picture of a model takes."""
+
+    network: Literal["teacher", "student"] | None = Field(
+        default=None, description="of a checkpoint; null: the run's result"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute")
+
+
+class AttentionSettings(LookSettings):
+    """What the class token of a ViT attends to."""
+
+    out: str = Field(default="attention", description="folder of the pictures, one an image")
+    size: int | None = Field(
+        default=None, ge=1, description="shorter side in pixels as the model sees it; null: what the model expects"
+    )
+    layer: int = Field(default=-1, description="block, counted from 0; negative from the end")
+    mass: float = Field(default=0.6, gt=0, le=1, description="share of the attention that is encircled")
+    heads: bool = Field(default=True, description="every head beside their mean")
+    limit: int = Field(
+        default=100, ge=0, description="images of a set, evenly spaced, or first frames of a video; 0: all"
+    )
+    frames: bool = Field(default=False, description="the images of a folder are frames of a video, ordered by name")
+    every: int = Field(default=1, ge=1, description="of videos, one frame in so many")
+    fps: float | None = Field(default=None, gt=0, description="of videos, frames a second; null: as they are, or 10")
+    format: Literal["auto", "gif", "mp4"] = Field(
+        default="auto", description="of videos; auto: mp4 (extra: video) for video files, gif for others"
+    )
+
+
+class PcaSettings(LookSettings):
+    """Components of patches as colours."""
+
+    out: str = Field(default="pca", description="folder of the pictures: one an image, and pca.png with all of them")
+    size: int | None = Field(
+        default=None, ge=1, description="shorter side in pixels as the model sees it; null: what the model expects"
+    )
+    layer: int | None = Field(default=None, description="block or stage, counted from 0; null: the model's output")
+    limit: int = Field(default=32, ge=0, description="images of each set, evenly spaced; 0: all")
+
+
+class SetSettings(LookSettings):
+    """What every picture of a whole set takes."""
+
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
+    batch_size: int = Field(default=256, ge=1, description="images at a time")
+    precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="loader processes a rank"
+    )
+    limit: int = Field(default=0, ge=0, description="images of the set that are taken, evenly spaced; 0: all")
+
+
+class NeighboursSettings(SetSettings):
+    """Images and what is nearest to them."""
+
+    out: str = Field(default="neighbours.png", description="picture file")
+    images: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(as_list)] | None = Field(
+        default=None, description="numbers of the images whose neighbours are shown, from 0; null: evenly spaced ones"
+    )
+    count: int = Field(default=10, ge=1, description="how many evenly spaced ones")
+    k: int = Field(default=8, ge=1, description="neighbours of each")
+
+
+class MapSettings(SetSettings):
+    """A set as a plane."""
+
+    out: str = Field(default="map.png", description="picture file")
+    method: Literal["auto", "umap", "pca"] = Field(
+        default="auto", description="umap (extra: umap) or pca; auto: umap where it is installed"
+    )
+    seed: int = Field(default=0, ge=0, description="of UMAP")
+    limit: int = Field(default=10_000, ge=0, description="images of the set that are taken, evenly spaced; 0: all")
+    coordinates: str | None = Field(
+        default=None, description="file of the places too: .csv or .json with index, path, x, y, label"
+    )
+
+
+class PrototypesSettings(SetSettings):
+    """Prototypes that are used most."""
+
+    out: str = Field(default="prototypes.png", description="picture file")
+    count: int = Field(default=16, ge=1, description="prototypes that are shown, the most used first")
+    images: int = Field(default=10, ge=1, description="images of each")
+
+
+class ReportSettings(Settings):
+    """A page of one run or several."""
+
+    out: str | None = Field(
+        default=None, description="HTML file; null: report.html in the run's folder, of several runs in this one"
+    )
+    pictures: bool = Field(
+        default=True, description="draw those of the newest checkpoint where the folder has none; needs the run's data"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where to compute those")

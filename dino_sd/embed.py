@@ -49,21 +49,15 @@ def embed(
     (images done, images in all) of this rank. Images that cannot be read are left out, and said (with augment, the next
     one stands in). Raises UserError where none can be read.
     """
-    device, dtype = torch.device(device), _dtype_of(backbone)
-    mean_C11, std_C11 = (torch.tensor(list(x), device=device, dtype=dtype).view(-1, 1, 1) for x in (mean, std))
+    device = torch.device(device)
+    features_of = extractor(
+        backbone, mean, std, device, precision, of or (lambda images: pooled(backbone(images, layers), pool))
+    )
     share = len(range(len(source) * rank() // world_size(), len(source) * (rank() + 1) // world_size()))
     if augment is None:
         batches = eval_batches(source, size, crop, batch_size, workers, rank(), world_size())
     else:
         batches = _augmented_batches(source, size, batch_size, workers, *augment)
-
-    @torch.inference_mode()
-    def features_of(images_BCHW: Tensor) -> Tensor:
-        white = WHITE[images_BCHW.dtype]
-        images_BCHW = images_BCHW.to(device, non_blocking=True).to(dtype, copy=True)
-        images_BCHW = images_BCHW.div_(white).sub_(mean_C11).div_(std_C11)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return pooled(backbone(images_BCHW, layers), pool) if of is None else of(images_BCHW)
 
     was_training = backbone.training
     backbone.eval()
@@ -88,6 +82,57 @@ def embed(
     if not len(labels_N):
         raise UserError(f"data: no image of '{source.name}' can be read")
     return features_ND, labels_N
+
+
+def extractor(
+    backbone: Backbone | Pixels,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    precision: Literal["bf16", "fp32"],
+    of: Callable[[Tensor], Tensor],
+) -> Callable[[Tensor], Tensor]:
+    """A function from images as sources hold them, (N, C, H, W) on the CPU, to what `of` makes of normalised ones."""
+    dtype = _dtype_of(backbone)
+    mean_C11, std_C11 = (torch.tensor(list(x), device=device, dtype=dtype).view(-1, 1, 1) for x in (mean, std))
+
+    @torch.inference_mode()
+    def features_of(images_BCHW: Tensor) -> Tensor:
+        white = WHITE[images_BCHW.dtype]
+        images_BCHW = images_BCHW.to(device, non_blocking=True).to(dtype, copy=True)
+        images_BCHW = images_BCHW.div_(white).sub_(mean_C11).div_(std_C11)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return of(images_BCHW)
+
+    return features_of
+
+
+class Parts:
+    """What can be had of one pass, side by side: "block_3" (from 0), "mean" of the last patches, "pooled".
+
+    names: in the order of the columns. From normalised images to (N, widths of all parts).
+    """
+
+    def __init__(self, backbone: Backbone | Pixels, names: Sequence[str]):
+        self.backbone, self.names = backbone, list(names)
+        self.layers = [int(name.removeprefix("block_")) for name in names if name.startswith("block_")]
+        self.columns: dict[str, slice] = {}  # of each part, once it has been called
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        features = self.backbone(images_BCHW, self.layers)
+        found = {f"block_{layer}": seen[0] for layer, seen in zip(self.layers, features.layers, strict=True)}
+        found["pooled"] = features.pooled_ND
+        if "mean" in self.names:
+            found["mean"] = features.patches_NPD.mean(1)
+        ends = np.cumsum([0] + [found[name].shape[1] for name in self.names]).tolist()
+        self.columns = {name: slice(*pair) for name, *pair in zip(self.names, ends, ends[1:], strict=False)}
+        return torch.cat([found[name] for name in self.names], 1)
+
+
+def parts_of(backbone: Backbone | Pixels, blocks: int | None, pool: Pool) -> list[str]:
+    """The parts that `pooled` concatenates for the last `blocks` blocks. Raises UserError where there are fewer."""
+    heads = [f"block_{index}" for index in last_blocks(backbone, blocks)] or ["pooled"]
+    return [*([] if pool == "mean" else heads), *(["mean"] if pool in ("mean", "cls+mean") else [])]
 
 
 def pooled(features: Features, pool: Pool = "default") -> Tensor:

@@ -10,15 +10,17 @@ from rich.table import Table
 from torch import Tensor
 
 from dino_sd import checkpoint
-from dino_sd.config import AccuracySettings, Config, GenerationsSettings
+from dino_sd.config import Config, GenerationsSettings
 from dino_sd.data.source import open_source
 from dino_sd.distributed import barrier, is_main, say, setup
 from dino_sd.errors import UserError
-from dino_sd.evaluate import class_logits, write_json
+from dino_sd.evaluate import class_logits
+from dino_sd.evaluator_config import AccuracySettings
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
 from dino_sd.loading import load_model
 from dino_sd.recipe import finish
 from dino_sd.settings import plain
+from dino_sd.tables import write_json
 from dino_sd.train import train
 
 

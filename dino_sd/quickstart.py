@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dino_sd import recipe, sheets
-from dino_sd.config import Config, KnnSettings, LinearSettings
+from dino_sd.config import Config, ReportSettings
 from dino_sd.distributed import is_main
 from dino_sd.errors import UserError
 from dino_sd.evaluate import evaluate_knn, evaluate_linear
+from dino_sd.evaluator_config import KnnSettings, LinearSettings
 from dino_sd.export import export
 from dino_sd.log import duration
+from dino_sd.report import EXTRA, has_extra, report
 from dino_sd.train import train
 
 matplotlib.use("Agg")
@@ -59,6 +61,8 @@ def quickstart(pairs: list[str]) -> None:
     console.print(table)
     console.print(f"picture:  {run / 'quickstart.png'}")
     console.print(f"export:   {folder}")
+    page = report([run], ReportSettings(device=cfg.device)) if has_extra() else f"for one, pip install {EXTRA}"
+    console.print(f"page:     {page}")
     console.print(f"in {duration(time.perf_counter() - began)}")
 
 

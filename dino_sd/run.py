@@ -33,7 +33,7 @@ from dino_sd.shapes import NO_LABEL
 # `data` are still the same ones, wherever they lie now, is checked by their fingerprint.)
 FREE_TO_CHANGE = (
     "out", "data", "workers", "device", "compile", "log", "checkpoint", "evaluate", "timeout", "most_skipped",
-    "health",
+    "health", "report",
 )  # fmt: skip
 
 

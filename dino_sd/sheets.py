@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +13,15 @@ from matplotlib.ticker import MaxNLocator
 
 from dino_sd import build, recipe
 from dino_sd.config import Config
-from dino_sd.data.loader import Batches
-from dino_sd.data.order import steps_per_epoch
+from dino_sd.data.geometry import make_views
+from dino_sd.data.order import step_indices, steps_per_epoch
 from dino_sd.data.photometry import Photometry
 from dino_sd.data.source import WHITE, BadImage, Source
 from dino_sd.data.statistics import evenly
-from dino_sd.errors import UserError
 from dino_sd.run import describe
+from dino_sd.seen import percentiles, stretched, visible
 from dino_sd.suggestions import RECIPE, data_pair
+from dino_sd.tiles import fit, save, short, text
 
 _GAP = 4  # pixels between tiles, and between crops that are not small
 _TILE = 96  # pixels, side of a thumbnail
@@ -60,7 +60,7 @@ def views(spec: str, pairs: list[str], images: int, epoch: int, out: Path) -> Pa
     crops = first_crops(cfg, source, images, epoch)
     sheet, columns = crops_sheet(crops, source.dtype == torch.uint8, originals=True)
     names = [Path(source.path(index)).name for index in crops.indices]
-    save(_labelled(sheet, columns, names, _text(f"what training sees of {spec}, epoch {epoch}")), out)
+    save(_labelled(sheet, columns, names, text(f"what training sees of {spec}, epoch {epoch}")), out)
     return out
 
 
@@ -72,18 +72,25 @@ def contact_sheet(cfg: Config, images: int) -> np.ndarray:
 
 def first_crops(cfg: Config, source: Source, images: int, epoch: int) -> Crops:
     """The crops of the first images of an epoch, cut and coloured by the training's own functions."""
-    spec, images = build.view_spec(cfg), min(images, source.epoch_images())
-    step = epoch * steps_per_epoch(source.epoch_images(), images)
-    batch = next(iter(Batches(source, spec, cfg.seed, images, start_step=step, total_steps=step + 1)))
+    few = cfg.model_copy(update={"batch_size": min(images, source.epoch_images())})
+    return crops_of_step(few, source, images, epoch * steps_per_epoch(source.epoch_images(), few.batch_size))
+
+
+def crops_of_step(cfg: Config, source: Source, images: int, step: int) -> Crops:
+    """The crops of the first images of the batch of a step, counted from 0: the very ones that training sees there."""
+    spec = build.view_spec(cfg)
+    epoch, indices = step_indices(step, cfg.seed, len(source), cfg.batch_size, source.parts)
+    views = make_views(source, spec, cfg.seed, epoch, indices[:images])
     zeros, ones = [0.0] * cfg.channels, [1.0] * cfg.channels
     plain_views = cfg.views.model_copy(update={"mean": zeros, "std": ones})
     data, _ = describe(source, cfg.model_copy(update={"views": plain_views}))
     photometry = Photometry(spec, zeros, ones, data["range"])
     groups = [
-        photometry(crops, rows).unflatten(0, (-1, images)) for crops, rows in zip(batch.groups, batch.rows, strict=True)
+        photometry(crops, rows).unflatten(0, (-1, len(views.indices)))
+        for crops, rows in zip(views.groups, views.rows, strict=True)
     ]
-    indices = batch.indices.tolist()
-    return Crops(indices, [_decoded(source, index, max(spec.groups[0].size)) for index in indices], groups)
+    seen = views.indices.tolist()
+    return Crops(seen, [_decoded(source, index, max(spec.groups[0].size)) for index in seen], groups)
 
 
 def _decoded(source: Source, index: int, side: int) -> torch.Tensor:
@@ -101,13 +108,13 @@ def crops_sheet(crops: Crops, bytes_: bool, originals: bool = False) -> tuple[np
     """
     height, width = crops.groups[0].shape[-2:]
     gap = _GAP if height >= _TILE else 1
-    low, high = (0.0, 1.0) if bytes_ else _percentiles(_visible(crops.groups[0]))
+    low, high = (0.0, 1.0) if bytes_ else percentiles(visible(crops.groups[0]))
     columns: list[tuple[str, np.ndarray]] = []
     if originals:
-        fitted = [_fit(_stretched(image, low, high), height, width).numpy() for image in crops.originals]
+        fitted = [fit(stretched(image, low, high), height, width).numpy() for image in crops.originals]
         columns.append(("original", np.stack(fitted)))
     for name, group in zip(("global", "local"), crops.groups, strict=False):
-        views_VBHWC = _stretched(group, low, high).numpy()
+        views_VBHWC = stretched(group, low, high).numpy()
         at_once = max(round((height + gap) / (group.shape[-2] + gap)), 1)
         for start in range(0, len(views_VBHWC), at_once):
             some = views_VBHWC[start : start + at_once]
@@ -126,34 +133,6 @@ def crops_sheet(crops: Crops, bytes_: bool, originals: bool = False) -> tuple[np
     return (sheet[..., 0] if sheet.shape[-1] == 1 else sheet), middles
 
 
-def _visible(image_CHW: torch.Tensor) -> torch.Tensor:
-    """(..., C, H, W) -> (..., H, W, 3 or 1): channels other than RGB as the gray of their mean."""
-    visible_CHW = image_CHW if image_CHW.shape[-3] == 3 else image_CHW.mean(-3, keepdim=True)
-    return visible_CHW.movedim(-3, -1)
-
-
-def _stretched(image_CHW: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """What is seen of an image, (..., H, W, 3 or 1), with low and high as black and white."""
-    return ((_visible(image_CHW) - low) / (high - low)).clamp(0, 1)
-
-
-def _percentiles(values: torch.Tensor) -> tuple[float, float]:
-    low, high = np.percentile(values.numpy(), (1, 99))
-    return float(low), float(high) if high > low else float(low) + 1.0
-
-
-def _fit(image_HWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The whole image within height x width, on white; small ones are enlarged by whole factors."""
-    factor = min(height / image_HWC.shape[0], width / image_HWC.shape[1])
-    sides = [max(round(side * (int(factor) if factor >= 1 else factor)), 1) for side in image_HWC.shape[:2]]
-    mode: dict[str, Any] = {"mode": "nearest"} if factor >= 1 else {"mode": "bilinear", "antialias": True}
-    inner_CHW = F.interpolate(image_HWC.movedim(-1, 0)[None], sides, **mode)[0].clamp(0, 1)
-    fitted = torch.ones(height, width, image_HWC.shape[2])
-    top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
-    fitted[top : top + sides[0], left : left + sides[1]] = inner_CHW.movedim(0, -1)
-    return fitted
-
-
 def _labelled(sheet: np.ndarray, columns: list[tuple[float, str]], rows: list[str], title: str) -> Figure:
     """The sheet, each of its pixels one or several of the picture, with names of columns and rows."""
     height, width = sheet.shape[:2]
@@ -167,20 +146,11 @@ def _labelled(sheet: np.ndarray, columns: list[tuple[float, str]], rows: list[st
     axes.xaxis.tick_top()
     axes.set_xticks([middle for middle, _ in columns], [name for _, name in columns])
     strip = height / len(rows)
-    axes.set_yticks([(row + 0.5) * strip for row in range(len(rows))], [_short(name) for name in rows])
+    axes.set_yticks([(row + 0.5) * strip for row in range(len(rows))], [short(name) for name in rows])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.text(10 / inches[0] / _DPI, 1 - 28 / inches[1] / _DPI, title, fontsize=13)
     return figure
-
-
-def _short(name: str, most: int = 24) -> str:
-    return _text(name if len(name) <= most else f"...{name[3 - most :]}")
-
-
-def _text(name: str) -> str:
-    """A name as matplotlib takes it: Unicode, and no formula between dollars."""
-    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def overview(source: Source, chosen_n: np.ndarray, looks: np.ndarray, groups: list[list[int]]) -> Figure:
@@ -197,7 +167,7 @@ def overview(source: Source, chosen_n: np.ndarray, looks: np.ndarray, groups: li
     rows = ceil(len(strips) / 3)
     below = 0.5 + 1.0 * rows if strips else 0.0
     figure = Figure(figsize=(12.5, height + below), layout="constrained", dpi=_DPI)
-    figure.suptitle(_text(f"{source.name}: {len(source):,} images"), fontsize=14)
+    figure.suptitle(text(f"{source.name}: {len(source):,} images"), fontsize=14)
     grid = figure.add_gridspec(
         2 if strips else 1, 2, width_ratios=[2.2, 1], height_ratios=[height, below] if strips else None
     )
@@ -226,8 +196,8 @@ def _tile(source: Source, index: int, box: tuple[int, int]) -> torch.Tensor:
         down = torch.linspace(0, box[0] - 1, 4 * _TILE).round().long()
         tile[down, across] = tile[down, across.flip(0)] = 0.6
         return tile
-    low, high = (0.0, 1.0) if source.dtype == torch.uint8 else _percentiles(_visible(image_CHW))
-    return _fit(_stretched(image_CHW, low, high), *box).expand(-1, -1, 3)
+    low, high = (0.0, 1.0) if source.dtype == torch.uint8 else percentiles(visible(image_CHW))
+    return fit(stretched(image_CHW, low, high), *box).expand(-1, -1, 3)
 
 
 def _strip(tiles: list[torch.Tensor]) -> torch.Tensor:
@@ -263,13 +233,3 @@ def _histogram(axes: Axes, values_n: np.ndarray, name: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Raises UserError where it cannot be written, or is of no kind of picture."""
-    try:
-        out.expanduser().parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out.expanduser())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).split("(")[0].strip()
-        raise UserError(f"out={out}: the picture cannot be written ({reason}); choose another file") from None

@@ -37,6 +37,7 @@ from dino_sd.health import Health
 from dino_sd.log import Log
 from dino_sd.optim import clip_each_, make_optimizer, set_rates
 from dino_sd.preemption import Requests
+from dino_sd.report.training import Reports
 from dino_sd.run import Anomalies, BadFiles, check_equal_weights, check_same_run, claim, describe, introduce
 from dino_sd.settings import plain
 from dino_sd.validation import Validation
@@ -144,12 +145,15 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
         run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
     )  # fmt: skip
     saved = checkpoint.path_of(run, start)
+    reports = Reports(cfg, length, source, data, start)
     if due.evaluate(0) and start == 0:
         scores = evaluate(method)
         log.write(0, scores)
+    if reports.due(0) and start == 0:
+        reports(0, method)
 
     done = start
-    with lock, requests:
+    with lock, requests, reports:
         for step in range(start, length.steps):
             t = step / length.steps
             set_rates(optimizer, slowed * learning_rate(t), weight_decay(t))
@@ -216,6 +220,9 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                 scores = evaluate(method)
                 log.write(done, scores)
                 log.progress(done)
+                window.restart_clock()
+            if reports.due(done):
+                reports(done, method)
                 window.restart_clock()
             if due.checkpoint(done) or final or asked:
                 saved = checkpoint.path_of(run, done)

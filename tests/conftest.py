@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "optim": {"lr": 0.001},
     "checkpoint": {"every": "steps=5"},
     "log": {"every": 5},
+    "report": {"every": None},
     "device": "cpu",
 }
 
@@ -60,6 +61,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """What tests keep is not the user's, and what the user has kept is no part of a test."""
+    monkeypatch.setenv("DINO_SD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def command(*arguments: str | Path, ranks: int = 1, **options: Any) -> subprocess.CompletedProcess:

@@ -145,3 +145,24 @@ def test_too_many_unreadable_images(tiny_yaml: Path, tmp_path: Path):
 def test_wrong_setting_is_a_user_error_in_the_library(tiny_yaml: Path):
     with pytest.raises(UserError, match="optim.lr"):
         recipe.load_config(tiny_yaml, ["optim.lr=fast"])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "optim.lr: !!python/object/apply:os.system ['touch HERE']",
+        "optim: {lr: \"__import__('os').system('touch HERE')\"}",
+        "model: \"__import__('os').system('touch HERE')\"",
+        "model_args: {act_layer: \"__import__('os').system('touch HERE')\"}",
+        "data: \"torchvision:__import__('os').system('touch HERE')\"",
+        "teacher: {momentum: {start: \"open('HERE', 'w')\"}}",
+    ],
+)
+def test_settings_are_never_run(monkeypatch, capsys, tmp_path: Path, written: str):
+    here = tmp_path / "ran"
+    (tmp_path / "bad.yaml").write_text(written.replace("HERE", str(here)) + "\n")
+    pairs = ["data=fashion-mnist-mini:train", "steps=1", "device=cpu", f"out={tmp_path / 'run'}"]
+    pairs = pairs[1:] if written.startswith("data") else pairs
+    code, said = run_cli(monkeypatch, capsys, "train", tmp_path / "bad.yaml", *pairs)
+    assert code == 2 and said.startswith("error: ") and "Traceback" not in said, said
+    assert not here.exists() and not (tmp_path / "run").exists()

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dino_sd.config import KnnSettings, LinearSettings
 from dino_sd.data.source import StackSource
 from dino_sd.embed import embed, last_blocks, pooled
 from dino_sd.errors import UserError
-from dino_sd.evaluate import evaluate_knn, evaluate_linear, labelled_pair
+from dino_sd.evaluate import evaluate_knn, evaluate_linear
+from dino_sd.evaluator_config import KnnSettings, LinearSettings
 from dino_sd.evaluators.knn import knn
+from dino_sd.features import labelled_pair
 from dino_sd.loading import Model, load_model
 from dino_sd.models.backbone import Backbone, Features
 from dino_sd.settings import parse
@@ -95,7 +96,7 @@ def test_knn_of_pixels(tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(out.read_text()) == json.loads(json.dumps(report))
     assert printed.out.count("\n") == 1 and "top-1" in printed.err
-    train, test = labelled_pair(load_model("pixels", channels=1), settings)
+    train, test = labelled_pair(load_model("pixels", channels=1), settings.train, settings.test)
     pixels = [torch.stack([s.image(i) for i in range(len(s))]).flatten(1).float() for s in (train, test)]
     labels = [torch.from_numpy(s.labels()) for s in (train, test)]
     direct = knn(pixels[0], labels[0], pixels[1], labels[1], k=(1, 20))
@@ -116,7 +117,8 @@ def test_linear_writes_beside_the_model(tmp_path, capsys):
     model = Model(Nothing(), (28, 28), 1.0, [0.3], [0.2], "nothing", {}, tmp_path)  # pyright: ignore
     settings = parse(LinearSettings, MINI | {"epochs": 1, "device": "cpu", "augment": True, "lr": 0.1})
     report = evaluate_linear(model, settings)
-    assert json.loads((tmp_path / "evaluations" / "linear.json").read_text())["results"] == report["results"]
+    (written,) = (tmp_path / "evaluations").glob("linear-*.json")
+    assert json.loads(written.read_text())["results"] == report["results"]
     assert len(report["losses"]) == 1 and report["results"][0]["lr"] == 0.1
     printed = capsys.readouterr().out
     assert "linear of nothing" in printed and "written to" in printed
@@ -125,17 +127,17 @@ def test_linear_writes_beside_the_model(tmp_path, capsys):
 def test_sources_that_do_not_fit_together_are_refused(monkeypatch, capsys):
     model = load_model("pixels", channels=1)
     sources = {}
-    monkeypatch.setattr("dino_sd.evaluate.open_source", lambda name, channels: sources[name])
+    monkeypatch.setattr("dino_sd.features.open_source", lambda name, channels: sources[name])
     settings = parse(KnnSettings, {"train": "train", "test": "test"})
     sources |= {"train": source_of(9), "test": source_of(4, labelled=False)}
     with pytest.raises(UserError, match="test=.* has no labels"):
-        labelled_pair(model, settings)
+        labelled_pair(model, settings.train, settings.test)
     for others, differing in ((("a", "x"), "b, c, x"), (("a", "b", "x"), "c, x")):  # some in common: no mere renaming
         sources["test"] = source_of(4, classes=others)
         with pytest.raises(UserError, match=f"3 classes.* {len(others)}; not in both: {differing}"):
-            labelled_pair(model, settings)
+            labelled_pair(model, settings.train, settings.test)
     sources["test"] = source_of(4, classes=("x", "y", "z"))
-    labelled_pair(model, settings)
+    labelled_pair(model, settings.train, settings.test)
     assert "differently" in capsys.readouterr().err
 
 

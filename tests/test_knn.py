@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dino_sd.errors import UserError
-from dino_sd.evaluators.knn import accuracy_from_ranks, knn, label_ranks, nearest
+from dino_sd.evaluators.knn import accuracy_from_ranks, knn, label_ranks
+from dino_sd.nearest import nearest
 
 
 def clusters(images: int, classes: int = 7, width: int = 12, seed: int = 0, dtype=torch.float64):
@@ -40,6 +41,50 @@ def test_equals_brute_force(images):
     result = knn(train, train_labels, test, test_labels, k=(1, 5, 20, 150), chunk=32, train_chunk=64)
     for k, pair in result.items():
         assert pair == pytest.approx(brute_force(train, train_labels, test, test_labels, k, 0.07, 7), abs=1e-9)
+
+
+def test_ten_thousand_images_equal_a_sort_of_everything():
+    train, train_labels = clusters(400)
+    test, test_labels = clusters(10_000, seed=1)
+    result = knn(train, train_labels, test, test_labels, k=(1, 20, 100), chunk=999, train_chunk=64)
+    unit_train, unit_test = (
+        rows.numpy() / np.linalg.norm(rows.numpy(), axis=1, keepdims=True) for rows in (train, test)
+    )
+    similarity = unit_test @ unit_train.T
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    for k, pair in result.items():
+        weight = np.exp(np.take_along_axis(similarity, order[:, :k], 1) / 0.07)
+        votes = np.stack([(weight * (train_labels.numpy()[order[:, :k]] == c)).sum(1) for c in range(7)], 1)
+        best = np.argsort(-votes, axis=1, kind="stable")[:, : min(5, k)]
+        right = best == test_labels.numpy()[:, None]
+        assert pair == pytest.approx((100 * right[:, 0].mean(), 100 * right.any(1).mean()), abs=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 16, 100, 700])
+@pytest.mark.parametrize("k", [1, 7, 50])
+def test_nearest_equals_a_stable_sort_where_many_are_equal(block, k):
+    """Also where every block is nearer than all before it, so that no row can be left out by comparing."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.nn.functional.normalize(torch.randint(-1, 2, (600, 3), generator=generator).double(), dim=1)
+    queries = torch.eye(3, dtype=torch.float64)[torch.randint(3, (40,), generator=generator)]
+    for bank in (train, train[(train @ queries[0]).argsort()]):
+        expected = (queries @ torch.nn.functional.normalize(bank, dim=1).T).sort(dim=1, descending=True, stable=True)
+        similarity, index = nearest(bank, queries, k, block)
+        assert torch.equal(index, expected.indices[:, :k]) and torch.equal(similarity, expected.values[:, :k])
+
+
+def test_leaving_one_out_is_each_image_against_all_others():
+    features, labels = clusters(60)
+    result = knn(features, labels, features, labels, k=(1, 20, 59), leave_one_out=True, chunk=7, train_chunk=16)
+    for k, (top1, top5) in result.items():
+        scores = [
+            brute_force(features[others], labels[others], features[i : i + 1], labels[i : i + 1], k, 0.07, 7)
+            for i in range(60)
+            for others in [torch.arange(60) != i]
+        ]
+        assert (top1, top5) == pytest.approx(tuple(np.mean(scores, axis=0)), abs=1e-9)
+    with pytest.raises(UserError, match="59 train images may vote"):
+        knn(features, labels, features, labels, k=(60,), leave_one_out=True)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 300])

@@ -17,17 +17,20 @@ from dino_sd import checkpoint
 from dino_sd.train import train
 
 FLOORS = {
-    "errors": -2, "": -2, "settings": -1, "shapes": -1, "distributed": -1,
-    "config": 0, "schedule": 0, "losses": 0, "progress": 0,
-    "models": 0,
-    "graph": 1, "term": 1, "data": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1,
-    "allocator": 1,
-    "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2, "exported": 2,
-    "exports": 3, "card": 3, "reloading": 3, "build": 3, "run": 3, "validation": 3, "suggestions": 3,
-    "train": 4, "evaluate": 4, "export": 4, "report": 4, "plan": 4, "sheets": 4,
-    "quickstart": 5, "bench": 5, "bench_views": 5, "generations": 5, "inspection": 5,
-    "bench_data": 6,
-    "cli": 7, "__main__": 8,
+    "errors": -4, "": -4, "settings": -3, "shapes": -3, "distributed": -3, "progress": -2, "data": -1,
+    "config": 0, "evaluator_config": 0, "schedule": 0, "losses": 0, "models": 0,
+    "term": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1, "published": 1,
+    "allocator": 1, "nearest": 1, "graph": 1, "subsets": 1, "intervals": 1, "softmax": 1,
+    "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2, "feature_cache": 2, "exported": 2,
+    "tiles": 2, "seen": 2, "components": 2, "prototypes": 2, "video": 2,
+    "build": 3, "features": 3, "tables": 3, "run": 3, "validation": 3, "suggestions": 3, "pictures": 3, "maps": 3,
+    "exports": 3, "card": 3, "reloading": 3,
+    "evaluate": 4, "segment": 4, "embed_files": 4, "export": 4, "plan": 4, "sheets": 4,
+    "suite": 5, "inspection": 5, "looking": 5, "report": 5,
+    "train": 6,
+    "quickstart": 7, "bench": 7, "bench_views": 7, "generations": 7,
+    "bench_data": 8, "gallery": 6,
+    "cli": 9, "__main__": 10, "__init__": 10,  # "" is the version that it holds, which all may ask for
 }  # fmt: skip
 
 
@@ -47,7 +50,7 @@ def test_imports_only_go_down():
     package = ROOT / "dino_sd"
     for path in package.rglob("*.py"):
         parts = path.relative_to(package).with_suffix("").parts
-        here = "" if parts == ("__init__",) else parts[0]
+        here = parts[0]
         for imported in imports_of(path):
             there = "" if imported == "__version__" else imported.split(".")[0]
             assert there in FLOORS, f"{path.name} imports {imported}, which has no floor"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dino_sd.errors import UserError
-from dino_sd.evaluators.linear import Probes, linear_probe, order_of
+from dino_sd.evaluators.linear import Probes, fit, linear_probe, order_of
 
 
 def blobs(images: int, classes: int = 10, width: int = 16, spread: float = 0.3, seed: int = 0):
@@ -65,12 +65,12 @@ def test_published_schedule_against_torch():
 
 
 def test_rates_side_by_side_equal_rates_alone():
-    train, labels = blobs(200, spread=1)
+    features, labels = blobs(200, spread=1)
     rows = torch.arange(200)
 
     def trained(rates):
-        probes = Probes(16, 10, rates, 0.9, 0, train.device)
-        probes.train(train, labels, rows, epochs=3, batch_size=64)
+        probes = Probes([slice(0, 16)], 10, rates, 0.9, 0, features.device)
+        fit([probes], features, labels, rows, epochs=3, batch_size=64, seed=0)
         return probes
 
     together = trained([0.01, 0.1])
@@ -84,7 +84,25 @@ def test_the_best_rate_on_held_out_train_images_is_taken_whatever_the_test_set_s
     for test_labels in (labels, (labels + 1) % 10):
         result = linear_probe(train, labels, train, test_labels, epochs=5, batch_size=100, lr=rates)
         assert result.lr == 0.05
-        assert result.held_out[math.inf] == 0, "a probe that is not a number is wrong about everything"
+        assert result.held_out["features"][math.inf] == 0, "a probe that is not a number is wrong about everything"
+
+
+def test_choices_side_by_side_equal_choices_alone_and_the_best_one_is_taken():
+    """Columns 0 to 15 say the class, the others are noise; a choice may be made of columns that lie apart."""
+    train, labels = blobs(600, spread=0.5)
+    noise = torch.from_numpy(np.random.Generator(np.random.Philox(5)).normal(size=(600, 24))).float()
+    both = torch.cat([noise[:, :8], train, noise[:, 8:]], 1)
+    choices = {"noise": [slice(24, 40)], "class": [slice(8, 24)], "apart": [slice(0, 8), slice(24, 32)]}
+    rates = (0.001, 0.05)
+    together = linear_probe(both, labels, both, labels, choices=choices, lr=rates, epochs=4, batch_size=100)
+    assert together.choice == "class" and together.weight_CD.shape == (10, 16)
+    for name, columns in choices.items():
+        part = torch.cat([both[:, column] for column in columns], 1)
+        alone = linear_probe(part, labels, part, labels, lr=rates, epochs=4, batch_size=100)
+        assert together.held_out[name] == alone.held_out["features"]
+        if name == "class":
+            torch.testing.assert_close(together.weight_CD, alone.weight_CD)
+            assert (together.top1, together.top5, together.lr) == (alone.top1, alone.top5, alone.lr)
 
 
 def test_features_of_an_epoch_may_be_computed_anew():

@@ -17,10 +17,11 @@ from conftest import TINY, assert_identical, command, largest_difference, state_
 from PIL import Image
 
 from dino_sd import build, checkpoint, recipe, terms
-from dino_sd.config import AccuracySettings, Config, GenerationsSettings
+from dino_sd.config import Config, GenerationsSettings
 from dino_sd.data.source import open_source
 from dino_sd.errors import UserError
 from dino_sd.evaluate import class_logits, evaluate_accuracy
+from dino_sd.evaluator_config import AccuracySettings
 from dino_sd.evaluators.accuracy import accuracy, mean_probabilities
 from dino_sd.export import export
 from dino_sd.generations import generation_config, generations
@@ -105,7 +106,8 @@ def test_supervised_run_learns_and_is_judged(tmp_path: Path):
     assert scores["accuracy"] == pytest.approx(np.mean(scores["accuracy_per_class"]))
     assert scores["accuracy"] > 50 and scores["accuracy_top5"] == 100 and "knn" in scores
     report = evaluate_accuracy(run, AccuracySettings(test=str(small), device="cpu", workers=0))
-    assert report["results"] == [{"output": "classifier", "top1": scores["accuracy"], "top5": 100.0}]
+    (row,) = report["results"]
+    assert (row["output"], row["top1"], row["top5"]) == ("classifier", scores["accuracy"], 100.0)
     assert report["per_class"] == dict(zip("abc", scores["accuracy_per_class"], strict=True))
 
 

@@ -4,6 +4,7 @@ Reads the folder named in DINO_SD_REFERENCE (default: ../shared/reference beside
 the numbers in it: sizes, counts and schedules are taken from the files.
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_sd import schedule
+import dino_sd
+from dino_sd import cli, schedule
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.heads import ProjectionHead
@@ -23,6 +25,8 @@ from dino_sd.terms.dino import Dino, dino_loss
 FOLDER = Path(os.environ.get("DINO_SD_REFERENCE", Path(__file__).parents[2] / "shared" / "reference"))
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference numbers at {FOLDER} (DINO_SD_REFERENCE)")
 TOLERANCE = 1e-9
+PUBLISHED = FOLDER / "published_checkpoint.pth"
+HEADS = "num_heads=2"  # which neither tensors nor arguments of that file say (its README does)
 
 
 def numbers(name: str) -> dict[str, Tensor]:
@@ -30,9 +34,9 @@ def numbers(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
-def agree(ours: Tensor, theirs: Tensor, what: str) -> None:
+def agree(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
     error = (ours.detach().double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30)
-    assert error <= TOLERANCE, f"{what}: relative error {error:.3g}"
+    assert error <= tolerance, f"{what}: relative error {error:.3g}"
 
 
 def by_prefix(file: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -177,3 +181,60 @@ def method_of(file: dict[str, Tensor], learned_norm: bool, frozen_until: float) 
         network(), network(), {"dino": (schedule.constant(1.0), term)}, lambda t: momentum[round(t * steps)]
     )
     return method.double().train()
+
+
+def test_published_checkpoint():
+    """The authors' file layout: features, the head's logits, and positions resized in the authors' way by itself."""
+    file, model = numbers("published_expected"), dino_sd.load(f"{PUBLISHED},{HEADS}")
+    x224, x96 = file["x224"].float(), file["x96"].float()
+    features_ND = model.features(x224)
+    assert model.projection is not None and model.center is not None
+    agree(features_ND, file["cls224"], "class token", 1e-5)
+    agree(model.projection(features_ND), file["logits224"], "the head's logits", 1e-5)
+    last = range(-len(file["last4_cls224"]), 0)
+    agree(torch.stack(model.features(x224, layers=last)), file["last4_cls224"], "class tokens of the last blocks", 1e-5)
+    agree(model.features(x96), file["cls96"], "class token at 96 pixels", 1e-5)
+    assert isinstance(model.backbone, Backbone)
+    agree(model.backbone.pooled(x96)[0], file["cls96"], "class token at 96 pixels, as in training", 1e-5)
+    assert torch.equal(model.center, published()["dino_loss"]["center"][0])
+    assert "teacher after epoch 3 of 4" in model.description and "student" not in model.description
+
+
+def published() -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(PUBLISHED, weights_only=True)
+
+
+ALTERED = {
+    "a key dropped": ["missing blocks.2.mlp.fc1.weight", "incomplete or was altered"],
+    "a key renamed": ["renamed", "blocks.2.mlp.fc1.weight seems to stand there as blocks.2.mlp.fc_1.weight"],
+    "another patch size": ["patches of 8 pixels", "patch_size=16"],
+    "two registers more": ["2 register token(s), the model has 0"],
+    "two positions more": ["199 entries", "2 register(s) more"],
+}
+
+
+@pytest.mark.parametrize("heads", [f",{HEADS}", ""], ids=["heads said", "heads unknown"])
+@pytest.mark.parametrize("how", ALTERED)
+def test_altered_copies_of_it_exit_with_2(tmp_path: Path, monkeypatch, capsys, how: str, heads: str):
+    found, key = published(), "backbone.blocks.2.mlp.fc1.weight"
+    state = found["teacher"]
+    if how == "a key dropped":
+        del state[key]
+    elif how == "a key renamed":
+        state[key.replace("fc1", "fc_1")] = state.pop(key)
+    elif how == "another patch size":
+        state["backbone.patch_embed.proj.weight"] = state["backbone.patch_embed.proj.weight"][:, :, ::2, ::2].clone()
+    elif how == "two registers more":
+        state["backbone.register_tokens"] = torch.zeros(1, 2, 64)
+    else:
+        state["backbone.pos_embed"] = torch.cat([state["backbone.pos_embed"], torch.zeros(1, 2, 64)], 1)
+    torch.save(found, tmp_path / "altered.pth")
+    arguments = ["knn", f"{tmp_path / 'altered.pth'}{heads}", "train=fashion-mnist-mini:train",
+                 "test=fashion-mnist-mini:test", "device=cpu"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["dino-sd", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == "" and len(said.err.strip().splitlines()) == 1
+    assert all(word in said.err for word in ["altered.pth", *ALTERED[how]]), said.err

@@ -2,9 +2,11 @@
 
     python tools/costs.py [pairs=3] [NAME=VALUE ...]
 
-Prints the seconds of both for each pair, in turns of order, and the median of their ratios.
+Prints the seconds of both for each pair, in turns of order, and the medians of their ratios: of the clock and of the
+processors' time, which other work on the machine disturbs less.
 """
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,39 +28,47 @@ class Nothing:
         return lambda *args, **kwargs: {}
 
 
-def seconds(bare: bool, pairs: list[str]) -> float:
-    """Of the steps of one run in this process."""
+def seconds(bare: bool, pairs: list[str]) -> tuple[float, float]:
+    """Of one run in this process: by the clock, and of its processors with those of its loader."""
     from dino_sd import checkpoint, recipe, train
 
     if bare:
         train.Health, train.BatchNorms = Nothing, Nothing  # pyright: ignore
         train.check_equal_weights = lambda *args: None
         train.any_rank = lambda *flags: (False, False)
-        checkpoint.Saver.save = lambda *args: None
+        checkpoint.Saver.save = lambda *args: None  # pyright: ignore
     with tempfile.TemporaryDirectory() as folder:
         given = ["epochs=null", "steps=1000", "evaluate.every=null", f"out={folder}/run", *pairs]
         cfg = recipe.load_config(RECIPE, given)
-        began = time.perf_counter()
+        began, before = time.perf_counter(), processor_seconds()
         train.train(cfg)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, processor_seconds() - before
+
+
+def processor_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def main() -> None:
     if sys.argv[1:2] in (["whole"], ["bare"]):
-        print(seconds(sys.argv[1] == "bare", sys.argv[2:]))
+        print(*seconds(sys.argv[1] == "bare", sys.argv[2:]))
         return
     count = next((int(word[6:]) for word in sys.argv[1:] if word.startswith("pairs=")), 3)
     rest = [word for word in sys.argv[1:] if not word.startswith("pairs=")]
-    ratios = []
+    ratios: list[tuple[float, float]] = []
     for pair in range(count):
         taken = {}
         for mode in ("whole", "bare") if pair % 2 == 0 else ("bare", "whole"):
             command = [sys.executable, __file__, mode, *rest]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-            taken[mode] = float(done.stdout.split()[-1])
-        ratios.append(taken["whole"] / taken["bare"])
-        print(f"{taken['whole']:.1f} s whole, {taken['bare']:.1f} s without: x {ratios[-1]:.4f}", flush=True)
-    print(f"median x {statistics.median(ratios):.4f} (from {min(ratios):.4f} to {max(ratios):.4f})")
+            taken[mode] = [float(word) for word in done.stdout.split()[-2:]]
+        (clock, used), (bare_clock, bare_used) = taken["whole"], taken["bare"]
+        ratios.append((clock / bare_clock, used / bare_used))
+        print(f"{clock:.1f} s and {used:.1f} s of processors, without {bare_clock:.1f} and {bare_used:.1f}: "
+              f"x {ratios[-1][0]:.4f} and {ratios[-1][1]:.4f}", flush=True)  # fmt: skip
+    for name, found in zip(("clock", "processors"), zip(*ratios, strict=True), strict=True):
+        print(f"{name}: median x {statistics.median(found):.4f} (from {min(found):.4f} to {max(found):.4f})")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def cached(source: Source, folder: str | Path, side: int, workers: int = 0) -> S
     of other images, of images written again, or of another size, have places of their own in the folder. Raises
     UserError where it cannot be written or the disk is too small.
     """
-    how = f"{side} {source.channels} {name_of(source.dtype)} {_dates(source.files())}"
+    how = f"{side} {source.channels} {name_of(source.dtype)} {dates_of(source.files())}"
     key = short_hash(source.fingerprint().encode(), how.encode())
     place = Path(folder).expanduser() / key
     if (made := _whole(source, place, side)) is not None:
@@ -194,7 +194,7 @@ def _make(source: Source, place: Path, side: int, workers: int) -> None:
     os.replace(making, place)
 
 
-def _dates(paths: list[str]) -> list[tuple[int, int]]:
+def dates_of(paths: list[str]) -> list[tuple[int, int]]:
     """What tells that an image was written again in its place."""
     found = []
     for path in paths:

@@ -54,11 +54,13 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     limit: int | None = None,
+    whole: bool = True,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """This rank's contiguous share of the source, in order: (images (B, C, H, W), labels (B,), indices (B,)).
 
     Images are of the source's dtype, labels -1 where there are none. limit: only the first so many images. Shares
     differ by at most one image. An image that cannot be read is left out, and said. Raises UserError where none can be.
+    whole: False where the source is part of a set whose other images may be readable: none is then no error.
     """
     count = len(source) if limit is None else min(limit, len(source))
     share = range(count * rank // world_size, count * (rank + 1) // world_size)
@@ -78,7 +80,7 @@ def eval_batches(
             yield images, labels_B, indices_B
     if bad:
         _, where, reason = bad[0]
-        if len(bad) == len(share) and world_size == 1:  # of several ranks, others may have seen some
+        if whole and len(bad) == len(share) and world_size == 1:  # of several ranks, others may have seen some
             raise UserError(f"data: no image of '{source.name}' can be read; the first, {where}: {reason}")
         say(
             f"warning: {len(bad)} image(s) of '{source.name}' left out, as they cannot be read: {where} ({reason}), ..."

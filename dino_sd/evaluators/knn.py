@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dino_sd.distributed import all_gather_rows, rank, world_size
 from dino_sd.errors import UserError
+from dino_sd.nearest import nearest
 
 
 def knn(
@@ -19,22 +20,24 @@ def knn(
     temperature: float = 0.07,
     classes: int | None = None,
     chunk: int = 1024,
-    train_chunk: int = 16384,
+    train_chunk: int = 8192,
+    leave_one_out: bool = False,
 ) -> dict[int, tuple[float, float]]:
     """Accuracy of weighted k-NN voting: {k: (top1, top5)} in percent. Ranks share out the test images.
 
     Features are L2-normalised here; float64 stays float64, anything else is computed in float32, on the features'
     device. A neighbour votes exp(cosine / temperature) for its class. Works for any number of test images and classes
     (up to five classes, or k = 1, make top-5 say little: only the min(5, k) best classes count). Memory: chunk x
-    train_chunk similarities beside the features, however many there are. Raises UserError on a k above the number of
-    train images, missing labels or features that are not finite.
+    train_chunk similarities beside the features, however many there are. leave_one_out: test and train are the same
+    images, and none votes for itself. Raises UserError on a k above the number of train images, missing labels or
+    features that are not finite.
     """
     if len(test_ND) == 0:
         raise UserError("knn: the test set has no images")
     share = slice(len(test_ND) * rank() // world_size(), len(test_ND) * (rank() + 1) // world_size())
     ranks = label_ranks(
         train_ND, train_labels_N, test_ND[share], test_labels_N[share], k, temperature, classes, chunk=chunk,
-        train_chunk=train_chunk,
+        train_chunk=train_chunk, own_from=share.start if leave_one_out else None,
     )  # fmt: skip
     return accuracy_from_ranks({count: all_gather_rows(ranks_N) for count, ranks_N in ranks.items()})
 
@@ -62,15 +65,18 @@ def label_ranks(
     classes: int | None = None,
     *,
     chunk: int = 1024,
-    train_chunk: int = 16384,
+    train_chunk: int = 8192,
+    own_from: int | None = None,
 ) -> dict[int, Tensor]:
     """{k: ranks_N}: the place (0 is first) of each test image's own class when classes are sorted by their votes.
 
     Each test image is judged by itself, so processes may share them out (a share may be empty). Equal votes are sorted
-    by class index. Arguments and errors as in `knn`.
+    by class index. own_from: the test images are the train images from this one on, and do not vote for themselves.
+    Other arguments and errors as in `knn`.
     """
     ks = sorted(set(k))
-    classes = check(train_ND, train_labels_N, test_ND, test_labels_N, ks, temperature, classes)
+    voters = len(train_ND) - (own_from is not None)
+    classes = check(train_ND, train_labels_N, test_ND, test_labels_N, ks, temperature, classes, voters)
     device, dtype = train_ND.device, torch.float64 if train_ND.dtype == torch.float64 else torch.float32
     train_labels_N, test_labels_N = train_labels_N.to(device), test_labels_N.to(device)
     class_C = torch.arange(classes, device=device)
@@ -78,7 +84,10 @@ def label_ranks(
     for start in range(0, len(test_ND), chunk):
         queries_ND = F.normalize(test_ND[start : start + chunk].to(device, dtype), dim=1)
         own_N1 = test_labels_N[start : start + chunk].unsqueeze(1)
-        similarity_NK, index_NK = nearest(train_ND, queries_ND, ks[-1], train_chunk)
+        own_N = None
+        if own_from is not None:
+            own_N = torch.arange(own_from + start, own_from + start + len(queries_ND), device=device)
+        similarity_NK, index_NK = nearest(train_ND, queries_ND, ks[-1], train_chunk, own_N)
         voted_NK = train_labels_N[index_NK]
         # measured from the nearest one, which changes no order: exp(1 / 0.01) is more than float32 can hold
         weight_NK = ((similarity_NK - similarity_NK[:, :1]) / temperature).exp()
@@ -91,46 +100,6 @@ def label_ranks(
     return {count: torch.cat(parts) if parts else class_C[:0] for count, parts in ranks.items()}
 
 
-def nearest(train_ND: Tensor, queries_ND: Tensor, k: int, train_chunk: int = 16384) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and train indices of each query's k nearest train rows, nearest first.
-
-    queries_ND: L2-normalised; train_ND need not be. Of equally near rows the one with the lower index comes first.
-    Returns similarity_NK in the queries' dtype and index_NK (int64).
-    """
-    best_NK = queries_ND.new_empty(len(queries_ND), 0)
-    index_NK = torch.empty(len(queries_ND), 0, dtype=torch.int64, device=queries_ND.device)
-    for start in range(0, len(train_ND), train_chunk):
-        # normalised block by block: the train features are never held twice
-        block_ND = F.normalize(train_ND[start : start + train_chunk].to(queries_ND), dim=1)
-        with torch.autocast(queries_ND.device.type, enabled=False):
-            similarity_NM = queries_ND @ block_ND.T
-        values_NK, columns_NK = top_of_block(similarity_NM, min(k, len(block_ND)))
-        # earlier blocks stand first, so that a stable sort keeps equal similarities in the order of train indices
-        both_NK = torch.cat([best_NK, values_NK], 1)
-        both_index_NK = torch.cat([index_NK, columns_NK + start], 1)
-        order_NK = both_NK.argsort(dim=1, descending=True, stable=True)[:, :k]
-        best_NK, index_NK = both_NK.gather(1, order_NK), both_index_NK.gather(1, order_NK)
-    return best_NK, index_NK
-
-
-def top_of_block(similarity_NM: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in the order of columns; of equal ones at the edge the first columns are taken.
-
-    `topk` alone takes any of the equal ones, differently on every device and for every k.
-    """
-    values_NK, columns_NK = similarity_NM.topk(k, dim=1, sorted=True)
-    edge_N1 = values_NK[:, -1:]
-    tied_N = (similarity_NM >= edge_N1).sum(1) > k
-    if tied_N.any():
-        rows_NM, edge_N1 = similarity_NM[tied_N], edge_N1[tied_N]
-        above_NM, at_edge_NM = rows_NM > edge_N1, rows_NM == edge_N1
-        free_N1 = k - above_NM.sum(1, keepdim=True)
-        taken_NM = above_NM | (at_edge_NM & (at_edge_NM.cumsum(1, dtype=torch.int32) <= free_N1))
-        columns_NK[tied_N] = taken_NM.nonzero()[:, 1].view(-1, k)
-    columns_NK = columns_NK.sort(dim=1).values
-    return similarity_NM.gather(1, columns_NK), columns_NK
-
-
 def check(
     train_ND: Tensor,
     train_labels_N: Tensor,
@@ -139,12 +108,13 @@ def check(
     ks: list[int],
     temperature: float,
     classes: int | None,
+    voters: int,
 ) -> int:
     """Refuses what k-NN cannot work with; returns the number of classes."""
     if not ks or ks[0] < 1:
         raise UserError(f"k={ks}: expected one or more numbers of neighbours, each at least 1")
-    if len(train_ND) < ks[-1]:
-        raise UserError(f"k={ks[-1]} neighbours, but the train set has {len(train_ND)} images; use a k of at most that")
+    if voters < ks[-1]:
+        raise UserError(f"k={ks[-1]} neighbours, but {voters} train images may vote; use a k of at most that")
     if temperature <= 0:
         raise UserError(f"temperature={temperature}: expected a number above 0 (published: 0.07)")
     if train_ND.shape[1] != test_ND.shape[1]:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, NamedTuple
 
 import timm
@@ -34,8 +35,11 @@ class Backbone(nn.Module):
     """A timm model without its classifier.
 
     size: (height, width) in pixels that position embeddings are made for; other sizes resize them on the way.
+    position_resize: how. "timm": antialiased; "dino": as `dino_positions` does, for weights that were published so.
     Raises UserError for a name that timm does not know and for arguments that the model does not take.
     """
+
+    position_resize = "timm"
 
     def __init__(
         self,
@@ -70,18 +74,61 @@ class Backbone(nn.Module):
         patch_size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch_size: int | None = patch_size[0] if isinstance(patch_size, tuple) else patch_size
 
+    def extra_repr(self) -> str:
+        """All that features depend on and no module or weight of it shows: kept features are found by it."""
+        return f"{self.name}, size={self.size}, model_args={self.model_args}, position_resize={self.position_resize}"
+
     def forward(self, images_NCHW: Tensor, layers: Sequence[int] = ()) -> Features:
         """images_NCHW: normalised. layers: blocks (stages of a convnet), counted from 0; negative from the end."""
         if not layers:
             last = self.model.forward_features(images_NCHW)
             return Features(self.model.forward_head(last, pre_logits=True), self._patches(last), [])
+        last, taps = self.intermediates(images_NCHW, layers)
+        pairs = [self._pooled_and_patches(tap) for tap in taps]
+        return Features(self.model.forward_head(last, pre_logits=True), self._patches(last), pairs)
+
+    def intermediates(
+        self, images_NCHW: Tensor, layers: Sequence[int], norm: bool = True
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        """(what the model's head reads, [(map_NDHW, prefix_NPD)] of each layer, as asked for).
+
+        layers: as in `forward`. prefix: class token and registers, in this order; None where there are none. norm: the
+        model's last norm is applied to each.
+        """
         wanted = [index % self.depth for index in layers]
         last, maps = self.model.forward_intermediates(
-            images_NCHW, indices=sorted(set(wanted)), norm=True, **self._prefix_argument()
+            images_NCHW, indices=sorted(set(wanted)), norm=norm, **self._prefix_argument()
         )
         by_index = dict(zip(sorted(set(wanted)), maps, strict=True))
-        pairs = [self._pooled_and_patches(by_index[index]) for index in wanted]
-        return Features(self.model.forward_head(last, pre_logits=True), self._patches(last), pairs)
+        taps = [by_index[index] for index in wanted]
+        return last, [tap if isinstance(tap, tuple) else (tap, None) for tap in taps]
+
+    def tokens(
+        self, images_NCHW: Tensor, layers: Sequence[int] | None = None, kind: str = "cls", norm: bool = True
+    ) -> list[Tensor]:
+        """Of each layer "cls" (N, D), as `Features.layers` has it, "patch" (N, D, h, w) or "register" (N, R, D).
+
+        layers, norm: as in `intermediates`; None: of the output alone.
+        """
+        last, taps = self.intermediates(images_NCHW, [-1] if layers is None else layers, norm)
+        if layers is None and norm:
+            if kind == "cls":
+                return [self.model.forward_head(last, pre_logits=True)]
+            (map_NDHW, prefix_NPD), patches_NPD = taps[0], self._patches(last)
+            prefix_NPD = None if prefix_NPD is None else last[:, : self.prefix_tokens]
+            taps = [(patches_NPD.transpose(1, 2).unflatten(2, map_NDHW.shape[2:]), prefix_NPD)]
+        if kind == "cls":
+            return [self._pooled_and_patches(tap)[0] for tap in taps]
+        if kind == "patch":
+            return [map_NDHW for map_NDHW, _ in taps]
+        return [
+            prefix_NPD[:, prefix_NPD.shape[1] - self.registers :] for _, prefix_NPD in taps if prefix_NPD is not None
+        ]
+
+    @property
+    def registers(self) -> int:
+        token = getattr(self.model, "reg_token", None)
+        return 0 if token is None else token.shape[1]
 
     def pooled(self, images_NCHW: Tensor, exits: Sequence[int] = ()) -> list[Tensor]:
         """`forward(images_NCHW).pooled_ND`, without the work that only patch tokens need; then that of each exit.
@@ -94,13 +141,8 @@ class Backbone(nn.Module):
         if not reads_class_token_alone(model):
             if not exits:
                 return [model.forward_head(model.forward_features(images_NCHW), pre_logits=True)]
-            indices = [exit + self.stem - 1 for exit in exits]
-            last, maps = model.forward_intermediates(
-                images_NCHW, indices=sorted(set(indices)), **self._prefix_argument()
-            )
-            by_index = dict(zip(sorted(set(indices)), maps, strict=True))
-            taps = [self._pooled_and_patches(by_index[index])[0] for index in indices]
-            return [model.forward_head(last, pre_logits=True), *taps]
+            last, taps = self.intermediates(images_NCHW, [exit + self.stem - 1 for exit in exits], norm=False)
+            return [model.forward_head(last, pre_logits=True), *(self._pooled_and_patches(tap)[0] for tap in taps)]
         tokens_NPD = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images_NCHW))))
         tokens: dict[int, Tensor] = {}
         for number, block in enumerate(model.blocks[:-1], 1):
@@ -133,11 +175,11 @@ class Backbone(nn.Module):
     def _prefix_argument(self) -> dict[str, Any]:
         return {"return_prefix_tokens": True} if self.prefix_tokens else {}
 
-    def _pooled_and_patches(self, layer: Any) -> tuple[Tensor, Tensor]:
-        map_NDHW, prefix_ND = layer if isinstance(layer, tuple) else (layer, None)
+    def _pooled_and_patches(self, tap: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        map_NDHW, prefix_NPD = tap
         patches_NPD = map_NDHW.flatten(2).transpose(1, 2)
-        if prefix_ND is not None and getattr(self.model, "global_pool", "token") == "token":
-            return prefix_ND[:, 0], patches_NPD
+        if prefix_NPD is not None and getattr(self.model, "global_pool", "token") == "token":
+            return prefix_NPD[:, 0], patches_NPD
         return patches_NPD.mean(1), patches_NPD
 
     def _patches(self, last: Tensor) -> Tensor:
@@ -147,11 +189,36 @@ class Backbone(nn.Module):
             return last.flatten(1, 2)
         return last.flatten(2).transpose(1, 2)
 
+    def resize_as_dino_(self) -> "Backbone":
+        """Sets `position_resize` to "dino", in place; returns itself. For ViTs with a class token and no registers."""
+        assert type(self.model) is VisionTransformer and self.prefix_tokens == 1
+        self.position_resize = "dino"
+        self.model._pos_embed = MethodType(dino_positions, self.model)
+        return self
+
     def use_fused_attention(self, fused: bool) -> None:
         """On CPUs the fused kernel's backward is slower than plain matrix products; on GPUs it is the faster one."""
         for module in self.modules():
             if hasattr(module, "fused_attn"):
                 setattr(module, "fused_attn", fused)  # noqa: B010
+
+
+def dino_positions(model: Any, tokens_NHWD: Tensor) -> Tensor:
+    """Class token and patches with their positions, (N, 1 + H * W, D), resized as in the authors' code of DINO.
+
+    Bicubic without antialiasing, by a factor of (patches + 0.1) / (patches of before): that tenth, which was to guard
+    against rounding, moves every sample. Caron et al. 2021, and Oquab et al. 2023 for models without registers.
+    """
+    height, width, grid = tokens_NHWD.shape[1], tokens_NHWD.shape[2], model.patch_embed.grid_size
+    if (height, width) == tuple(grid):
+        return VisionTransformer._pos_embed(model, tokens_NHWD)
+    class_11D, positions_1PD = model.pos_embed.float().split([1, grid[0] * grid[1]], 1)
+    map_1DHW = rearrange(positions_1PD, "one (h w) d -> one d h w", h=grid[0])
+    factors = ((height + 0.1) / grid[0], (width + 0.1) / grid[1])
+    map_1DHW = F.interpolate(map_1DHW, scale_factor=factors, mode="bicubic")
+    positions_1PD = torch.cat([class_11D, map_1DHW.flatten(2).transpose(1, 2)], 1).to(tokens_NHWD.dtype)
+    token_N1D = model.cls_token.expand(len(tokens_NHWD), -1, -1)
+    return model.pos_drop(torch.cat([token_N1D, tokens_NHWD.flatten(1, 2)], 1) + positions_1PD)
 
 
 def reads_class_token_alone(model: nn.Module) -> bool:
@@ -222,7 +289,8 @@ def _create(name: str, size: tuple[int, int], pretrained: bool, args: dict[str, 
             raise UserError(f"model={name}: timm cannot build it: {_first_line(error)}") from None
         except Exception as error:
             if not pretrained:
-                raise
+                problem = f"{type(error).__name__}: {_first_line(error)}"
+                raise UserError(f"model={name}: timm cannot build it with model_args ({problem})") from None
             raise UserError(
                 f"model={name}: its pretrained weights cannot be had ({type(error).__name__}: {_first_line(error)}); "
                 f"check the network, or put the weights in a folder and use that"

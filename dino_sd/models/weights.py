@@ -1,6 +1,7 @@
 """Weights files into backbones: nothing is unpickled but tensors, and nothing is left out in silence."""
 
 import argparse
+import difflib
 import pickle
 import re
 from collections.abc import Iterable
@@ -16,28 +17,47 @@ from torch import Tensor
 
 from dino_sd.errors import UserError
 from dino_sd.models.backbone import Backbone
+from dino_sd.models.layouts import to_timm_names
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
+NETWORKS = ("teacher", "student")
+FOREIGN = {".onnx": "an export for onnxruntime", ".pt2": "a program of torch.export", ".npz": "a file of NumPy's"}
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: Path | str, network: str | None = None) -> dict[str, Tensor]:
     """Backbone weights of a .safetensors, .pt, .pth or .bin file, under timm's names.
 
     Wrappers' prefixes (`module.`, `_orig_mod.`, `backbone.`, `model.`) are taken off; where there is a `backbone.`,
-    heads beside it are left out. Raises UserError where the file is missing, broken, holds anything but tensors and
-    plain containers (such a pickle could run code: it is not opened) or holds no weights. One class is allowed, the
-    argparse.Namespace that published files keep their arguments in.
+    heads beside it are left out; names of DINOv2 are turned into timm's. network: as in `network_of`. Raises UserError
+    as `read_file` and `network_of` do.
     """
     path = Path(path)
+    return to_timm_names(strip_prefixes(network_of(read_file(path), path, network)[0]))
+
+
+def read_file(path: Path) -> Any:
+    """The content of a file that torch.save or safetensors wrote, on the CPU.
+
+    Raises UserError where the file is missing, broken, of another kind or holds anything but tensors and plain
+    containers (such a pickle could run code: it is not opened). One class is allowed, the argparse.Namespace that
+    published files keep their arguments in.
+    """
     if not path.is_file():
         raise UserError(f"weights: {path} does not exist")
-    found: Any
+    if kind := FOREIGN.get(path.suffix):
+        raise UserError(
+            f"weights: {path} is {kind}, from which nothing is loaded here; name the run, checkpoint or folder that it "
+            f"was made from"
+        )
     try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # plain values, in published files; no other
-                found = torch.load(path, "cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(64)
+        if path.suffix == ".safetensors" or start[8:9] == b"{":
+            return load_file(path)
+        if not start.startswith((b"PK", b"\x80")):
+            raise UserError(f"weights: {path} is no file of weights: {_looks_like(start)}")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values, in published files; no other
+            return torch.load(path, "cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"weights: {path} holds Python objects beside tensors and could run code, so it is not opened; "
@@ -46,21 +66,55 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise UserError(f"weights: {path} cannot be read ({reason}); copy or download it again") from None
+
+
+def _looks_like(start: bytes) -> str:
+    if not start:
+        return "it is empty; copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; fetch the file itself (git lfs pull)"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page; download the file itself"
+    return f"it begins with {start[:12]!r}; expected .pt, .pth, .bin (torch.save) or .safetensors"
+
+
+def network_of(found: Any, path: Path, network: str | None = None) -> tuple[dict[str, Tensor], str | None]:
+    """(state dict, whether it is the "teacher" or the "student") of a file's content; None: it holds one alone.
+
+    network: which of the two, default the file's result, or its teacher. Raises UserError where it has none of this
+    name, or holds no state dict.
+    """
+    if network not in (None, *NETWORKS):
+        raise UserError(f"network={network}: expected teacher or student")
     for name in CONTAINERS:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]
+    held = {name: found[name] for name in NETWORKS if found.get(name)} if isinstance(found, dict) else {}
+    if not held and isinstance(found, dict):
+        for name in NETWORKS:
+            inside = [key for key in found if str(key).startswith(f"{name}.")]
+            held |= {name: {key.removeprefix(f"{name}."): found[key] for key in inside}} if inside else {}
+    chosen = None
+    if held:
+        result = found.get("result")
+        chosen = network or (result if result in held else next(iter(held)))
+        if chosen not in held:
+            raise UserError(f"network={chosen}: {path} has none, only its {next(iter(held))}")
+        found = held[chosen]
+    elif network is not None:
+        raise UserError(f"network={network}: {path} holds one network and does not say which; leave network out")
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         holds = f"the keys {_some(found)}" if isinstance(found, dict) else f"a {type(found).__name__}"
         raise UserError(f"weights: {path} is no state dict (names and tensors); it holds {holds}")
-    return strip_prefixes(found)
+    return found, chosen
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's part of a state dict, under timm's names."""
+    """The backbone's part of a state dict."""
     state = {re.sub(r"(^|\.)_orig_mod\.", r"\1", key): value for key, value in state.items()}
-    for prefix, others_dropped in (("module.", False), ("backbone.", True), ("module.", False), ("model.", False)):
+    for prefix in ("module.", "timm_model.", "backbone.", "module.", "model."):
         inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if inside and (others_dropped or len(inside) == len(state)):
+        if inside and (prefix == "backbone." or len(inside) == len(state)):  # beside a backbone are heads
             state = inside
     return state
 
@@ -75,6 +129,8 @@ def load_into(backbone: Backbone, state: dict[str, Tensor], source: str = "weigh
     model = backbone.model
     wanted = model.state_dict()
     state, notes = _without_classifier(backbone, strip_prefixes(state))
+    counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
+    state = counters | state  # older files have none, and features do not depend on them
     notes += _resize_position_embedding(backbone, state, wanted)
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
@@ -125,13 +181,19 @@ def _reason(
     """The likeliest cause, most telling sign first."""
     if len(missing) > 0.9 * len(wanted):
         return "almost none of its names occur: another architecture, or a file of another library's layout"
-    registers = [state.get("reg_token"), wanted.get("reg_token")]
-    counts = [0 if token is None else token.shape[1] for token in registers]
+    registers = [state.get("reg_token", state.get("register_tokens")), wanted.get("reg_token")]
+    counts = [0 if token is None else token.shape[-2] for token in registers]
     if counts[0] != counts[1]:
         return f"the weights have {counts[0]} register token(s), the model has {counts[1]}"
     blocks = [_blocks(state), _blocks(wanted)]
     if blocks[0] != blocks[1]:
         return f"another architecture: the weights have {blocks[0]} blocks, the model has {blocks[1]}"
+    if renamed := [(key, new) for key in missing for new in _alike(key, wanted[key], unexpected, state)]:
+        return f"renamed, or another architecture: {renamed[0][0]} seems to stand there as {renamed[0][1]}"
+    if missing and not unexpected and len(missing) < 3:
+        return (
+            f"the file is incomplete or was altered: it has all but {len(missing)} of the model's {len(wanted)} tensors"
+        )
     if missing or unexpected:
         return "another architecture or other model_args"
     first = next((key for key in shapes if state[key].ndim == 4), None)
@@ -144,6 +206,12 @@ def _reason(
     if shapes == ["pos_embed"]:
         return "its position embedding is for another grid of patches, which cannot be resized"
     return "another width or other model_args"
+
+
+def _alike(key: str, tensor: Tensor, unexpected: list[str], state: dict[str, Tensor]) -> list[str]:
+    """The unexpected name that is nearest to a missing one, of the same shape, if any."""
+    same = [other for other in unexpected if state[other].shape == tensor.shape]
+    return difflib.get_close_matches(key, same, n=1, cutoff=0.8)
 
 
 def _first_convolution(wanted: dict[str, Tensor]) -> str | None:

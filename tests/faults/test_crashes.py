@@ -3,15 +3,19 @@
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, assert_identical
+from conftest import ROOT, TINY, assert_identical, largest_difference, tiny_pairs
 
 from dino_sd import checkpoint
-from faults.conftest import finish, metrics, newest_step, ranks_of, start, wait_for, whole
+from dino_sd.errors import UserError
+from faults.conftest import ENVIRONMENT, finish, metrics, newest_step, ranks_of, start, wait_for, whole
 
 LONG = {"steps": 200, "checkpoint__every": "steps=5", "log__every": 7, "workers": 0}
 # `make test-faults` asks for thirty
@@ -91,13 +95,6 @@ def test_a_rank_that_hangs_is_named(tiny_yaml: Path, tmp_path: Path):
 @whole
 def test_torchrun_starts_it_again(tiny_yaml: Path, tmp_path: Path):
     """--max-restarts: from the newest good checkpoint, by itself, to the same bits."""
-    import subprocess
-    import sys
-
-    from conftest import ROOT, tiny_pairs
-
-    from faults.conftest import ENVIRONMENT
-
     once = tmp_path / "once"
     script = tmp_path / "program.py"
     broken = f"import pathlib; m = pathlib.Path({str(once)!r}); m.exists() or (m.touch(), os.kill(os.getpid(), 9))"
@@ -157,3 +154,65 @@ def test_a_folder_has_one_writer(tiny_yaml: Path, tmp_path: Path):
     assert code == 2 and f"out={run} is being written by process {first.pid} on" in said and "Traceback" not in said
     first.send_signal(signal.SIGTERM)
     assert finish(first)[0] == 75
+
+
+@whole
+def test_two_machines_one_of_which_is_lost_and_comes_back(tiny_yaml: Path, tmp_path: Path):
+    """Two torchrun agents on loopback, `--nnodes 1:2`: one is killed, the other goes on alone, then with it again."""
+    run = tmp_path / "run"
+    # slow enough for a machine to come and go: a step waits for the clock, which changes no number
+    slow = RAISES.replace('os.environ.get("RANK", "0") == "1" and calls[0] == 8', "True")
+    slow = slow.replace("BREAK", "import time; time.sleep(0.05)")
+    script = tmp_path / "program.py"
+    script.write_text(f"{slow}\nfrom dino_sd.cli import main\nmain()\n")
+    options = {"steps": 400, "checkpoint__every": "steps=5", "precision": "fp64", "drop_path": 0.0, "log__every": 1}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def agent() -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+             "--max-restarts", "9", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+             "--rdzv-conf", "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=15,is_host="
+             + ("1" if not agents else "0"), "--local-addr", "127.0.0.1",
+             str(script), "train", str(tiny_yaml), *tiny_pairs(run, **options)],
+            # torch 2.14's agents tell the first address only once, which one that comes back would wait for
+            cwd=ROOT, env={**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, text=True,
+            stdout=subprocess.PIPE, stderr=open(tmp_path / f"agent{len(agents)}.log", "w"), start_new_session=True,
+        )  # fmt: skip
+
+    agents: list[subprocess.Popen] = []
+    logs = lambda: "\n".join(path.read_text() for path in sorted(tmp_path.glob("agent*.log")))  # noqa: E731
+
+    def lose(machine: subprocess.Popen) -> None:
+        for pid in (machine.pid, *ranks_of(machine)):
+            os.kill(pid, signal.SIGKILL)
+
+    def newest_of(count: int) -> bool:
+        assert all(each.poll() is None for each in agents[:1]), logs()
+        path = checkpoint.newest(run)
+        try:
+            return path is not None and checkpoint.load(path)["ranks"] == count
+        except UserError:  # just pruned
+            return False
+
+    try:
+        agents.append(agent())
+        agents.append(agent())
+        wait_for(lambda: newest_of(2))
+        lose(agents[1])
+        wait_for(lambda: newest_of(1))
+        agents.append(agent())
+        wait_for(lambda: newest_of(2))
+        assert agents[0].wait(300) == 0, logs()
+        assert agents[2].wait(60) == 0, logs()
+    finally:
+        for each in agents:
+            if each.poll() is None:
+                lose(each)
+    assert "1 rank(s) until then, 2 from now on" in logs() and "2 rank(s) until then, 1 from now on" in logs()
+    code, said = finish(start(tiny_yaml, tmp_path / "straight", **options))
+    assert code == 0, said
+    assert largest_difference(checkpoint.path_of(tmp_path / "straight", 400), checkpoint.path_of(run, 400)) < 1e-6
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(tmp_path / "straight")]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,37 @@ def test_a_full_disk(tiny, tmp_path: Path, monkeypatch, capsys, on_error: str):
         checkpoint.load(path)
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 2 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no right to mount a file system here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_yaml: Path, tmp_path: Path, small_disk: Path):
+    """Not an injected error: the second checkpoint does not fit, then it does."""
+    run, options = small_disk / "run", {"checkpoint__every": "steps=5", "checkpoint__keep": 1}
+    size = checkpoint.path_of(tmp_path / "straight", 20)
+    code, said = finish(start(tiny_yaml, tmp_path / "straight", **options))
+    assert code == 0, said
+    filling = 2**21 - int(1.7 * size.stat().st_size) - 64 * 1024
+    assert filling > 0, "the disk is too small for this test"
+    (small_disk / "filling").write_bytes(bytes(filling))
+    code, said = finish(start(tiny_yaml, run, **options))
+    assert code == 2 and "step_00000020.pt cannot be written (No space left on device); earlier ones are whole" in said
+    assert said.count("going on, the next save tries again") == 2 and "Traceback" not in said
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(run)] == [5]
+    (small_disk / "filling").unlink()
+    code, said = finish(start(tiny_yaml, run, **options))
+    assert code == 0 and "going on from step 5" in said, said
+    assert_identical(checkpoint.path_of(tmp_path / "straight", 20), checkpoint.path_of(run, 20))
+
+
 def test_the_last_save_must_succeed(tiny, tmp_path: Path, monkeypatch):
     def full(state, file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -99,6 +131,7 @@ def test_a_folder_that_vanishes_comes_back(tiny_yaml: Path, tmp_path: Path):
     run = tmp_path / "run"
     script = f"""
 import shutil
+import subprocess
 from dino_sd.data.photometry import Photometry
 before, calls = Photometry.__call__, [0]
 def call(self, crops, rows):
