@@ -115,7 +115,8 @@ def judged(known: dict[str, Any]) -> list[str]:
     """A row for each result, and the scores that were measured while training."""
     rows = []
     for report in (known.get("evaluations") or {}).values():
-        sets = [f"{role}: {_set(report.get(key))}" for key, role in (("train", "learned from"), ("test", "judged on"))]
+        roles = (("train", "learned from"), ("test", "judged on"))
+        sets = [f"{role}: {_set(report[key])}" for key, role in roles if report.get(key)]
         for result in report["results"]:
             rows.append(f"| {report.get('evaluator')} | {_values(result)} | {'; '.join(sets)} | {_settings(report)} |")
     lines = ["| evaluator | result (top: %) | images | how |", "|---|---|---|---|", *rows] if rows else []
@@ -126,9 +127,7 @@ def judged(known: dict[str, Any]) -> list[str]:
     return lines or ["It was not evaluated before it was exported."]
 
 
-def _set(described: dict[str, Any] | None) -> str:
-    if not described:
-        return "nothing more"
+def _set(described: dict[str, Any]) -> str:
     return f"{described.get('images', '?')} of {described.get('data')} (`{described.get('fingerprint')}`)"
 
 
@@ -141,8 +140,14 @@ def _settings(report: dict[str, Any]) -> str:
 def _values(values: Any) -> str:
     if not isinstance(values, dict):
         return str(values)
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
+    return ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    """Numbers in four digits, in lists too."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def images(exported: Exported) -> list[str]:
