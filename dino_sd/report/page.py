@@ -11,6 +11,7 @@ from dino_sd.report.album import pictures_section
 from dino_sd.report.charts import Figures, bokeh_script
 from dino_sd.report.folder import Run
 from dino_sd.report.markup import Html, in_script, join, tag, text
+from dino_sd.report.provenance import again_section, settings_section
 from dino_sd.report.signs import Chart, charts_of
 
 USE = " Across are the steps of training. Drag over a chart to zoom into all of them; tap a name to hide its line."
@@ -29,8 +30,8 @@ def page(runs: list[Run]) -> str:
     about = "The same few training images, through the eyes of the network as it learns."
     parts.append(("What it sees", "pictures", about, pictures_section(runs)))
     parts.append(("Trouble", "trouble", "", sections.trouble_section(runs)))
-    parts.append(("What ran", "settings", "What differs from the defaults.", sections.settings_section(runs)))
-    parts.append(("Run it again", "again", "", sections.again_section(runs)))
+    parts.append(("What ran", "settings", "What differs from the defaults.", settings_section(runs)))
+    parts.append(("Run it again", "again", "", again_section(runs)))
     parts = [part for part in parts if part[3]]
     links = [tag("a", heading, href=f"#{place}") for heading, place, _, _ in parts]
     body = [
