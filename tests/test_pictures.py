@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from test_errors import run_cli
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_sd import gallery
 from dino_sd.components import coordinates, principal_components, split_in_two
@@ -453,17 +453,12 @@ def test_map_writes_a_picture_and_places(vit: Path, tmp_path: Path, monkeypatch,
     assert code == 2 and "pip install 'dino-sd[umap]'" in said
 
 
-@dataclass(frozen=True)
-class Headed(Model):
-    projection: nn.Module | None = None
-
-
 def test_prototypes_need_a_head(vit: Path, tmp_path: Path, monkeypatch, capsys):
     code, said = run_cli(monkeypatch, capsys, "prototypes", vit, MINI, "device=cpu")
     assert code == 2 and "has no prototypes" in said and len(said.splitlines()) == 1
     torch.manual_seed(0)
     head = ProjectionHead(24, prototypes=12, hidden=16, bottleneck=8)
-    model = Headed(**vars(load_model(vit)), projection=head)
+    model = replace(load_model(vit), projection=head)
     monkeypatch.setattr(gallery, "open_model", lambda *arguments: (model, torch.device("cpu")))
     out = tmp_path / "p.png"
     settings = PrototypesSettings(out=str(out), count=3, images=4, limit=60, device="cpu", workers=0)

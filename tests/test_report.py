@@ -103,6 +103,7 @@ def trained(tmp_path_factory) -> Path:
     """A run of twenty steps that evaluates and reports."""
     from conftest import TINY
 
+    torch.set_num_threads(1)  # as every test has it: similarities that are drawn end in other digits
     tmp = tmp_path_factory.mktemp("report")
     changes = {"evaluate": {"every": "steps=10", "crop": 1.0, "train": "fashion-mnist-mini:test",
                             "test": "fashion-mnist-mini:test"},
