@@ -79,7 +79,7 @@ def write_whole(path: Path, text: str) -> None:
     """A small file, whole or not at all. Raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8", errors="replace") as file:  # names of files may be no Unicode
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,6 @@
 """What an evaluator found, for people and for programs: a table, a JSON file, and one object on stdout."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dino_sd import __version__
+from dino_sd.checkpoint import write_whole
 from dino_sd.data.source import short_hash
 from dino_sd.distributed import is_main, world_size
 from dino_sd.errors import UserError
@@ -153,10 +153,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """All or nothing. Raises UserError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"out={path}: cannot be written ({error.strerror}); choose another with out=FILE") from None

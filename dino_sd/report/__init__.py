@@ -1,9 +1,7 @@
 """`dino-sd report`: what is in the folders of runs, on one page that can be sent around."""
 
 import importlib.util
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from dino_sd import build, checkpoint, recipe
@@ -14,6 +12,7 @@ from dino_sd.loading import load_model
 from dino_sd.report.drawing import FixedImages
 from dino_sd.report.folder import Run, name_apart, read_run
 from dino_sd.report.page import page
+from dino_sd.tables import write_text
 
 EXTRA = "'dino-sd[report]'"
 
@@ -51,17 +50,7 @@ def write(folders: Sequence[Path], out: Path, notes: dict[Path, str] | None = No
     for run in runs:
         run.notes += [notes[run.folder]] if notes and run.folder in notes else []
     name_apart(runs)
-    content = page(runs).encode("utf-8", "replace")  # names of files may hold what is no Unicode
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"out={out}: the page cannot be written ({error.strerror}); choose another file") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_text(out, page(runs))
 
 
 def _draw_newest(run: Run, device: str) -> None:
