@@ -142,7 +142,7 @@ GROUPS: tuple[tuple[str, str, tuple[Chart, ...]], ...] = (
                 (("health/prototypes_used", "prototypes in use"),),
                 "Share of the prototypes (the K answers that the teacher chooses from) that were its first choice for "
                 "some image since the last check.",
-                "Most of them after the beginning; a handful means a collapse to one point.",
+                "Steady or rising; few, and falling, means a collapse to one point.",
                 "share",
                 "0%",
             ),
