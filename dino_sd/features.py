@@ -112,7 +112,7 @@ class Embedding:
             parts = Parts(self.model.backbone, list(dict.fromkeys([*self.parts, "pooled"])))  # the last one is free
             features_NX, labels_N = self._computed(source, label, parts)
             kept = {name: features_NX[:, columns] for name, columns in parts.columns.items()} | {"labels": labels_N}
-            if is_main():
+            if is_main() and len(labels_N) == len(source):  # an image that cannot be read may be readable tomorrow
                 feature_cache.save(key, kept)
             barrier()
         ends = torch.tensor([0] + [kept[name].shape[1] for name in self.parts]).cumsum(0).tolist()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_sd.checkpoint import write_whole
 from dino_sd.components import coordinates
 from dino_sd.config import MapSettings, NeighboursSettings, PrototypesSettings, SetSettings
 from dino_sd.data.loader import auto_workers
@@ -153,12 +154,12 @@ def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
         content = json.dumps(rows, indent=1)
     else:
         lines = io.StringIO(newline="")
-        writer = csv.DictWriter(lines, list(rows[0]))
+        writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         content = lines.getvalue()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        write_whole(path, content)
     except OSError as error:
         raise UserError(f"coordinates={path}: cannot be written ({error.strerror}); choose another file") from None

@@ -125,7 +125,7 @@ def _pixels(channels: int) -> Model:
 
 def _from_file(path: Path, network: str | None, architecture: str | None, model_args: dict[str, Any]) -> Model:
     found = None
-    if not (ours := checkpoint.step_of(path) >= 0 or checkpoint.sum_of(path).is_file()):
+    if not (ours := checkpoint.step_of(path) >= 0):
         found = read_file(path)
         ours = isinstance(found, dict) and {"format", "config", "result"} <= found.keys()
     if not ours:

@@ -53,7 +53,7 @@ def train(cfg: Config) -> Path:
         return _train(cfg, device)
     except Diverged as error:
         say(f"warning: {error}; going back to the newest checkpoint, with half the learning rate")
-        return _train(cfg, device, 0.5)
+    return _train(cfg, device, 0.5)  # out here: the exception holds on to all that the first one made
 
 
 def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
@@ -87,7 +87,8 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
         steps=length.steps,
     )  # fmt: skip
     if resumed:
-        health.load_state_dict(resumed["health"], device)
+        if "health" in resumed:  # older checkpoints have none: its history begins anew
+            health.load_state_dict(resumed["health"], device)
         method.student.load_state_dict(resumed["student"])
         method.teacher.load_state_dict(resumed["teacher"])
         method.terms.load_state_dict(resumed["terms"])
@@ -215,6 +216,8 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
             elif judged:
                 log.write(done, judged)
             if judged:
+                if health.verdict.collapsed:
+                    saver.wait()  # it may be what ends the run: what became of the last save is said before
                 health.act()
             if due.evaluate(done) or (final and due.evaluates):
                 scores = evaluate(method)

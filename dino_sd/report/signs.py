@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from dino_sd.health import ALIKE, EVEN, LITTLE, NOTHING, REPLACED, SHARP, WORSE
 
-BAD = "bad"  # a zone of a chart
-
 
 class Zone(NamedTuple):
     """Values of a chart that are no good; None: without end."""
