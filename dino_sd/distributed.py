@@ -5,6 +5,7 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,23 @@ def agree(value: int, what: str) -> None:
 def _collective_device() -> torch.device | str:
     nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
+
+
+def together(work: Callable[[], None]) -> None:
+    """Every rank works and waits for the others; where one fails, all do: none waits for a rank that is gone.
+
+    Raises what this rank's work raised (OSError, UserError), and UserError where another one's did.
+    """
+    failed = None
+    try:
+        work()
+    except (OSError, UserError) as error:
+        failed = error
+    (one_failed,) = any_rank(failed is not None)
+    if failed is not None:
+        raise failed
+    if one_failed:
+        raise UserError(f"rank {rank()} stops, as another one has failed; what that one said is the reason")
 
 
 def barrier() -> None:

@@ -33,8 +33,6 @@ def embed(
     batch_size: int = 256,
     workers: int = 0,
     precision: Literal["bf16", "fp32"] = "fp32",
-    layers: Sequence[int] = (),
-    pool: Pool = "default",
     of: Callable[[Tensor], Tensor] | None = None,
     augment: tuple[int, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -43,16 +41,13 @@ def embed(
 
     The backbone (on `device` already) runs in eval mode. Each rank works on its share and ends with everything.
     size: (height, width) in pixels; crop: share of the resized image that is kept; mean, std: per channel, pixels from
-    0 to 1. layers: blocks whose pooled outputs are concatenated, () for the model's own output; pool: as in `pooled`.
-    of: anything else to be had from a batch of normalised images, (N, D), such as logits; in place of layers and pool.
+    0 to 1. of: what is to be had of a batch of normalised images, (N, D), such as logits; None: the model's own output.
     augment: (seed, epoch) of random resized crops and flips in place of the centre crop. progress: called with
     (images done, images in all) of this rank. Images that cannot be read are left out, and said (with augment, the next
     one stands in). Raises UserError where none can be read.
     """
     device = torch.device(device)
-    features_of = extractor(
-        backbone, mean, std, device, precision, of or (lambda images: pooled(backbone(images, layers), pool))
-    )
+    features_of = extractor(backbone, mean, std, device, precision, of or (lambda images: backbone(images).pooled_ND))
     share = len(range(len(source) * rank() // world_size(), len(source) * (rank() + 1) // world_size()))
     if augment is None:
         batches = eval_batches(source, size, crop, batch_size, workers, rank(), world_size())
@@ -155,7 +150,7 @@ def last_blocks(backbone: Backbone | Pixels, count: int | None) -> tuple[int, ..
     Raises UserError where the model has fewer.
     """
     if count is None:
-        count = min(4, backbone.depth) if backbone.prefix_tokens else 1
+        count = min(4, backbone.depth) if backbone.blocks_have_class_token else 1
     if count > backbone.depth:
         raise UserError(f"blocks={count}, but model={backbone.name} has {backbone.depth}; use at most that")
     return () if count == 1 else tuple(range(backbone.depth - count, backbone.depth))

@@ -19,27 +19,28 @@ from dino_sd import __version__
 from dino_sd.data.cache import dates_of
 from dino_sd.data.evaluation import eval_batches
 from dino_sd.data.source import Chosen, Source, open_source, short_hash
-from dino_sd.distributed import barrier, is_main, rank, say, setup, world_size
+from dino_sd.distributed import is_main, rank, say, setup, together, world_size
 from dino_sd.embed import extractor, pooled
 from dino_sd.errors import UserError
 from dino_sd.evaluator_config import EmbedSettings
-from dino_sd.feature_cache import weights_hash
 from dino_sd.features import own_size, prepare, workers_of
+from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model
 from dino_sd.progress import progress
 from dino_sd.settings import plain
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the zip format's first day, of every entry: equal features make equal files
 _WAIT = 86_400  # seconds that ranks wait for each other at the end: some are slower
-_NO_NUMBER = ("out", "workers", "device", "cache")  # settings that change no feature
+_NO_NUMBER = ("out", "workers", "device")  # settings that change no feature
 
 
 def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) -> Path:
     """Writes features, index, label and path of every image that can be read, in the order of the set; says where.
 
-    .npz: `features` float32 (N, D) or (N, P, D), `index` and `label` int64 (N,), label -1 where there is none, `path`
-    and `classes` text. .parquet: one row an image, features as a list (of all patches one after the other). Chunks lie
-    in a folder beside the file until all are there: the same command goes on from them, and ends with the same bytes.
+    .npz: `features` float32 (N, D), or (N, P, D) of patches or registers; `index` and `label` int64 (N,), label -1
+    where there is none; `path` and `classes` text. .parquet: one row an image, features as a list (of all tokens one
+    after the other). Chunks lie in a folder beside the file until all are there: the same command goes on from them,
+    and ends with the same bytes.
     Under torchrun every rank works on chunks of its own, and rank 0 joins them. Raises UserError where the file cannot
     be written, the model has no such layers, or no image can be read.
     """
@@ -60,13 +61,9 @@ def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) ->
     chunks = [range(start, min(start + every, len(source))) for start in range(0, len(source), every)]
     folder = out.with_name(f"{out.name}.parts")
     try:
-        if is_main():
-            _prepare_folder(folder, _signature(model, source, settings, size))
-        barrier()
-        _compute(function, source, model, settings, size, device, folder, chunks)
-        barrier()
-        if is_main():
-            _join(folder, len(chunks), source, out, write)
+        together(lambda: _prepare_folder(folder, _signature(model, source, settings, size)))
+        together(lambda: _compute(function, source, model, settings, size, device, folder, chunks))
+        together(lambda: _join(folder, len(chunks), source, out, write))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"out={out}: cannot be written ({reason}); choose another file") from None
@@ -75,6 +72,8 @@ def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) ->
 
 def _layers(model: Model, settings: EmbedSettings) -> list[int]:
     depth = model.backbone.depth
+    if settings.tokens == "register" and not (isinstance(model.backbone, Backbone) and model.backbone.registers):
+        raise UserError(f"tokens=register: {model.description} has no register tokens; use pooled or patch")
     for layer in settings.layers:
         if not -depth <= layer < depth:
             raise UserError(f"layers={layer}: the model has {depth} blocks, 0 to {depth - 1}, or -1 for the last")
@@ -85,6 +84,8 @@ def _of(model: Model, settings: EmbedSettings, layers: list[int]) -> Callable[[T
     """From normalised images to what is written of them."""
 
     def of(images_BCHW: Tensor) -> Tensor:
+        if settings.tokens == "register" and isinstance(model.backbone, Backbone):
+            return model.backbone.tokens(images_BCHW, layers[-1:] or None, "register")[0]
         features = model.backbone(images_BCHW, layers)
         if settings.tokens == "patch":
             return features.layers[-1][1] if features.layers else features.patches_NPD
@@ -98,14 +99,16 @@ def _signature(model: Model, source: Source, settings: EmbedSettings, size: tupl
     own = {key: value for key, value in plain(settings).items() if key not in _NO_NUMBER}
     files = short_hash(repr(dates_of(source.files())).encode())
     return {
-        "settings": own, "weights": weights_hash(model.backbone), "model": short_hash(repr(model.backbone).encode()),
+        "settings": own, "weights": model.weights, "model": short_hash(repr(model.backbone).encode()),
         "data": source.fingerprint(), "files": files, "images": len(source), "size": list(size), "crop": model.crop,
         "mean": list(model.mean), "std": list(model.std), "versions": [__version__, torch.__version__],
     }  # fmt: skip
 
 
 def _prepare_folder(folder: Path, signature: dict[str, Any]) -> None:
-    """Chunks of another model, set or settings are thrown away."""
+    """Rank 0 throws chunks of another model, set or settings away."""
+    if not is_main():
+        return
     place = folder / "what.json"
     with suppress(OSError, ValueError):
         if json.loads(place.read_text()) == signature:
@@ -177,7 +180,9 @@ def _compute(
 
 
 def _join(folder: Path, chunks: int, source: Source, out: Path, write: Callable[..., None]) -> None:
-    """All chunks as one file, which appears whole or not at all; the chunks go."""
+    """Rank 0 makes one file of all chunks, which appears whole or not at all; the chunks go."""
+    if not is_main():
+        return
 
     def column(name: str) -> Iterator[Tensor]:
         return _columns(folder, chunks, name)

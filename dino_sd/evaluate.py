@@ -70,9 +70,17 @@ def evaluate_knn(spec: Spec, settings: KnnSettings, json_only: bool = False) -> 
             for k, score in scored([min(k, len(rows_n)) for k in settings.k], rows_n).items():
                 draws.setdefault(k, []).append(score)
         results += [{"shots": count, "seeds": settings.seeds, "k": k} | mean_of(scores) for k, scores in draws.items()]
-    judged = about(test) | ({"leave_one_out": True} if alone else {})
+    judged = about(test, len(test_labels_N)) | ({"leave_one_out": True} if alone else {})
     report = describe(
-        "knn", model, features.size, settings, results, began, judged=judged, learned=about(train), classes=classes
+        "knn",
+        model,
+        features.size,
+        settings,
+        results,
+        began,
+        judged=judged,
+        learned=about(train, len(train_labels_N)),
+        classes=classes,
     )
     deliver(report, model, settings.out, json_only)
     return report
@@ -124,8 +132,8 @@ def evaluate_linear(spec: Spec, settings: LinearSettings, json_only: bool = Fals
     )  # fmt: skip
     row = {"features": result.choice, "lr": result.lr} | accuracies(result.top1, result.top5, len(test_labels_N))
     report = describe(
-        "linear", model, features.size, settings, [row], began, judged=about(test), learned=about(train),
-        classes=classes,
+        "linear", model, features.size, settings, [row], began, judged=about(test, len(test_labels_N)),
+        learned=about(train, len(train_labels_N)), classes=classes,
     )  # fmt: skip
     held_out = {name: {str(lr): top1 for lr, top1 in rates.items()} for name, rates in result.held_out.items()}
     report |= {"held_out_top1": held_out, "losses": result.losses}
@@ -165,8 +173,8 @@ def evaluate_logistic(spec: Spec, settings: LogisticSettings, json_only: bool = 
         about_row = {"share": part, "images": images, "seeds": len(scores), "l2": float(np.median(penalties))}
         results.append(about_row | row)
     report = describe(
-        "logistic", model, features.size, settings, results, began, judged=about(test), learned=about(train),
-        classes=classes,
+        "logistic", model, features.size, settings, results, began, judged=about(test, len(test_labels_N)),
+        learned=about(train, len(train_labels_N)), classes=classes,
     )  # fmt: skip
     deliver(report, model, settings.out, json_only)
     return report
@@ -191,14 +199,18 @@ def evaluate_retrieval(spec: Spec, settings: RetrievalSettings, json_only: bool 
     rows_NX = all_gather_rows(torch.stack(columns, 1).to(place)).cpu().numpy()
     if not len(rows_NX):
         raise UserError(f"retrieval: no image of test={queries.name} has another one of its class to find")
-    row: dict[str, Any] = {"queries": len(rows_NX), "map": 100 * float(rows_NX[:, 0].mean())}
+    row: dict[str, Any] = {"queries": len(rows_NX)}
+    if len(rows_NX) < len(labels_N):
+        row |= {"nothing to find": len(labels_N) - len(rows_NX)}
+    row |= {"map": 100 * float(rows_NX[:, 0].mean())}
     row["map" + INTERVAL] = percent(bootstrap(rows_NX[:, :1], lambda sums: sums[:, 0] / len(rows_NX)))
     for k, hits_N in zip(found.recall_N, rows_NX[:, 1:].T, strict=True):
         row |= {f"recall@{k}": 100 * float(hits_N.mean())}
         row[f"recall@{k}" + INTERVAL] = percent(wilson(float(hits_N.mean()), len(hits_N)))
     report = describe(
         "retrieval", model, features.size, settings, [row], began,
-        judged=about(queries) | ({"finds": "itself, leaving one out"} if alone else {"finds": about(bank)}),
+        judged=about(queries, len(labels_N))
+        | {"finds": "itself, leaving one out" if alone else about(bank, len(bank_labels_N))},
         classes=number_of_classes(bank, queries),
     )  # fmt: skip
     deliver(report, model, settings.out, json_only)
@@ -217,7 +229,7 @@ def evaluate_ranks(spec: Spec, settings: RanksSettings, json_only: bool = False)
     some = Chosen(test, np.arange(count) * len(test) // count)
     views = [features(some, f"view {view + 1}", augment=(settings.seed, view))[0] for view in range(settings.views)]
     row = {"images": len(all_ND), "views": f"{count} x {settings.views}", **ranks(all_ND, torch.stack(views, 1))}
-    report = describe("ranks", model, features.size, settings, [row], began, judged=about(test))
+    report = describe("ranks", model, features.size, settings, [row], began, judged=about(test, len(all_ND)))
     deliver(report, model, settings.out, json_only)
     return report
 
@@ -239,7 +251,14 @@ def evaluate_accuracy(spec: Spec, settings: AccuracySettings, json_only: bool = 
     per_class = scores["classifier"].per_class
     names = model.classes or [str(label) for label in range(len(per_class))]
     report = describe(
-        "accuracy", model, model.size, settings, results, began, judged=about(test), classes=number_of_classes(test)
+        "accuracy",
+        model,
+        model.size,
+        settings,
+        results,
+        began,
+        judged=about(test, len(labels_N)),
+        classes=number_of_classes(test),
     )
     report["per_class"] = dict(zip(names, per_class, strict=True))
     deliver(report, model, settings.out, json_only)

@@ -33,6 +33,11 @@ class FrozenSettings(Settings):
     channels: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="for MODEL `pixels` only: 1 is gray, 3 RGB; null: 3"
     )
+
+
+class CacheSettings(Settings):
+    """What everything takes that needs the same features of whole images again and again."""
+
     cache: bool = Field(
         default=True, description="keep features in DINO_SD_CACHE (10 GB at most) and use those that are there"
     )
@@ -59,7 +64,7 @@ class AccuracySettings(JudgeSettings):
     """Accuracy of a model's own classifiers, exits and their ensemble."""
 
 
-class KnnSettings(EvaluatorSettings):
+class KnnSettings(EvaluatorSettings, CacheSettings):
     """Weighted k-NN on frozen features (Caron et al. 2021, appendix F.1)."""
 
     test: str | None = Field(  # pyright: ignore
@@ -76,7 +81,7 @@ class KnnSettings(EvaluatorSettings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the first draw")
 
 
-class LinearSettings(EvaluatorSettings):
+class LinearSettings(EvaluatorSettings, CacheSettings):
     """Linear probe on frozen features (Caron et al. 2021, appendix F.2)."""
 
     blocks: Annotated[list[Annotated[int, Field(ge=1)] | None], BeforeValidator(several), Field(min_length=1)] = Field(
@@ -100,7 +105,7 @@ class LinearSettings(EvaluatorSettings):
     embed_batch_size: int = Field(default=256, ge=1, description="images at a time through the backbone")
 
 
-class LogisticSettings(EvaluatorSettings):
+class LogisticSettings(EvaluatorSettings, CacheSettings):
     """Logistic regression on frozen features, to the optimum (L-BFGS in float64 on the CPU)."""
 
     l2: Positive = Field(
@@ -116,7 +121,7 @@ class LogisticSettings(EvaluatorSettings):
     pool: Pool = Field(default="cls", description=POOL)
 
 
-class RetrievalSettings(JudgeSettings):
+class RetrievalSettings(JudgeSettings, CacheSettings):
     """Retrieval: mean average precision, and whether one of the k nearest images is of the query's class."""
 
     test: str = Field(description="labelled queries: DATA")
@@ -146,7 +151,7 @@ class SegmentationSettings(EvaluatorSettings):
     batch_size: int = Field(default=32, ge=1, description="images at a time")
 
 
-class RanksSettings(JudgeSettings):
+class RanksSettings(JudgeSettings, CacheSettings):
     """Without labels: RankMe, LiDAR, alpha-ReQ, uniformity and alignment."""
 
     test: str = Field(description="images that are judged, with labels or without: DATA")
@@ -155,7 +160,7 @@ class RanksSettings(JudgeSettings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="draws the views")
 
 
-class SuiteSettings(FrozenSettings):
+class SuiteSettings(FrozenSettings, CacheSettings):
     """A list of evaluators, run one after the other on the same features."""
 
     suite: str = Field(description="YAML file, or the name of one in configs/suites")
@@ -183,8 +188,9 @@ class EmbedSettings(FrozenSettings):
         "model's output"
     )  # fmt: skip
     pool: Pool = Field(default="cls", description=POOL)
-    tokens: Literal["pooled", "patch"] = Field(
-        default="pooled", description="one feature an image, or one of each patch of the last block asked for"
+    tokens: Literal["pooled", "patch", "register"] = Field(
+        default="pooled",
+        description="one feature an image, or those of all patches or registers of the last block",
     )
     batch_size: int = Field(default=256, ge=1, description="images at a time; other sizes round differently")
     chunk: int = Field(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import timm
 import torch
@@ -30,6 +29,7 @@ from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model
 from dino_sd.reloading import BATCHES, verify
 from dino_sd.run import code_version
+from dino_sd.tables import write_json
 
 BESIDE = ("config.json", "README.md", "hubconf.py")  # of an export, and no weights
 
@@ -217,7 +217,3 @@ def take_place(folder: Path, out: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(folder, out)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

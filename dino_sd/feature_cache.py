@@ -1,34 +1,19 @@
 """Features kept on disk, so that what one evaluator has computed the next one reads."""
 
-import hashlib
 import os
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_sd.data.index import cache_folder
 
 MOST_BYTES = 10e9
 _STALE = 86_400  # seconds after which half a file is nobody's
-
-
-def weights_hash(*modules: nn.Module) -> str:
-    """Sixteen hex digits that name the modules' weights, and what class they are of."""
-    digest = hashlib.sha256()
-    for module in modules:
-        digest.update(f"{type(module).__name__} {getattr(module, 'name', '')}".encode())
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            if flat.numel():
-                digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def folder() -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dino_sd import __version__, feature_cache
+from dino_sd.config import LookSettings, SetSettings
 from dino_sd.data.cache import dates_of
 from dino_sd.data.loader import auto_workers
 from dino_sd.data.source import Source, open_source, short_hash
@@ -23,18 +24,21 @@ from dino_sd.progress import progress
 OWN_SIZE_UP_TO = 64  # pixels; raw pixels of larger images are compared at 32 x 32
 
 
-def prepare(spec: str | Path | Model, device: torch.device, settings: FrozenSettings) -> Model:
-    """The model that the settings ask for; says what had to be adapted."""
-    model = spec
-    if not isinstance(model, Model):
-        model = load_model(
-            model, device, network=settings.network, channels=settings.channels, exit=settings.exit
-        )  # fmt: skip
-    elif settings.exit is not None:
-        model = shallow(model, settings.exit)
-    for note in model.notes:
-        say(f"{model.description}: {note}")
-    return model
+def prepare(spec: str | Path | Model, device: torch.device, settings: FrozenSettings | LookSettings) -> Model:
+    """The model that the settings ask for, on this rank's device; says what had to be adapted.
+
+    Raises UserError as `load_model` does, and where a model that is loaded already cannot be what they ask for.
+    """
+    exit, channels = getattr(settings, "exit", None), getattr(settings, "channels", None)
+    if not isinstance(spec, Model):
+        model = load_model(spec, device, network=settings.network, channels=channels, exit=exit)
+        for note in model.notes:
+            say(f"{model.description}: {note}")
+        return model
+    for name, value in (("network", settings.network), ("channels", channels)):
+        if value is not None:
+            raise UserError(f"{name}={value}: the model is loaded already ({spec.description}); say it when loading")
+    return spec if exit is None else shallow(spec, exit)
 
 
 def labelled_pair(model: Model, train_data: str, test_data: str | None) -> tuple[Source, Source]:
@@ -100,7 +104,8 @@ class Embedding:
     ) -> tuple[Tensor, Tensor]:
         """(features_ND, labels_N) as of `embed`. augment, of: as there; with either nothing is kept."""
         self.size = self.size or own_size(source)
-        if of is not None or augment is not None or not self.settings.cache or isinstance(self.model.backbone, Pixels):
+        keeps = getattr(self.settings, "cache", False) and not isinstance(self.model.backbone, Pixels)
+        if of is not None or augment is not None or not keeps:
             parts = Parts(self.model.backbone, self.parts)
             found = self._computed(source, label, of or parts, augment)
             self.columns = parts.columns
@@ -144,10 +149,10 @@ class Embedding:
             "versions": (__version__, torch.__version__),
         }  # fmt: skip
         data = [source.fingerprint().encode(), b"" if labels_N is None else labels_N.tobytes()]
-        return short_hash(feature_cache.weights_hash(model.backbone).encode(), *data, repr(how).encode())
+        return short_hash(model.weights.encode(), *data, repr(how).encode())
 
 
-def workers_of(settings: FrozenSettings, device: torch.device, source: Source) -> int:
+def workers_of(settings: FrozenSettings | SetSettings, device: torch.device, source: Source) -> int:
     """Loader processes of a rank."""
     if settings.workers != "auto":
         return settings.workers

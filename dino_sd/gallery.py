@@ -13,14 +13,12 @@ from torch import Tensor
 from dino_sd.checkpoint import write_whole
 from dino_sd.components import coordinates
 from dino_sd.config import MapSettings, NeighboursSettings, PrototypesSettings, SetSettings
-from dino_sd.data.loader import auto_workers
 from dino_sd.data.source import Chosen, Source, open_source
 from dino_sd.data.statistics import evenly
-from dino_sd.distributed import is_main, local_world_size, say
+from dino_sd.distributed import is_main, say, setup
 from dino_sd.embed import embed
 from dino_sd.errors import UserError
-from dino_sd.features import own_size
-from dino_sd.looking import open_model
+from dino_sd.features import own_size, prepare, workers_of
 from dino_sd.maps import draws_thumbnails, map_figure
 from dino_sd.models.model import Model
 from dino_sd.nearest import nearest
@@ -36,7 +34,8 @@ def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Pat
 
     Similarity is the cosine of pooled features, as in k-NN. Raises UserError for images that there are not.
     """
-    model, device = open_model(spec, settings)
+    device = setup(settings.device)
+    model = prepare(spec, device, settings)
     source, features_ND, indices_N = features_of(model, device, data, settings)
     if not is_main():
         return None
@@ -56,8 +55,8 @@ def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Pat
     rows = []
     for place, similarities, others in zip(places_N.tolist(), similarity_NK.tolist(), index_NK.tolist(), strict=True):
         found = [(s, int(indices_N[other])) for s, other in zip(similarities, others, strict=True) if other != place]
-        rows.append([(source.image(index), similarity, label_of(source, index)) for similarity, index in found[:k]])
-    names = [label_of(source, index) or source.path(index).rsplit("/", 1)[-1] for index in wanted]
+        rows.append([(source.image(index), similarity, source.label_name(index)) for similarity, index in found[:k]])
+    names = [source.label_name(index) or source.path(index).rsplit("/", 1)[-1] for index in wanted]
     sheet = neighbour_sheet([source.image(index) for index in wanted], rows, names)
     save(sheet, out := Path(settings.out))
     return out
@@ -70,7 +69,8 @@ def map(spec: str | Path, data: str, settings: MapSettings) -> Path | None:
     """
     if settings.coordinates and not settings.coordinates.endswith((".csv", ".json")):
         raise UserError(f"coordinates={settings.coordinates}: expected a .csv or .json file")
-    model, device = open_model(spec, settings)
+    device = setup(settings.device)
+    model = prepare(spec, device, settings)
     source, features_ND, indices_N = features_of(model, device, data, settings)
     if not is_main():
         return None
@@ -85,7 +85,7 @@ def map(spec: str | Path, data: str, settings: MapSettings) -> Path | None:
     if settings.coordinates:
         places = zip(indices, places_N2.tolist(), strict=True)
         rows = [
-            {"index": index, "path": source.path(index), "x": x, "y": y, "label": label_of(source, index)}
+            {"index": index, "path": source.path(index), "x": x, "y": y, "label": source.label_name(index)}
             for index, (x, y) in places
         ]
         _write_rows(Path(settings.coordinates), rows)
@@ -97,7 +97,8 @@ def prototypes(spec: str | Path, data: str, settings: PrototypesSettings) -> Pat
 
     Raises UserError for models without a DINO head.
     """
-    model, device = open_model(spec, settings)
+    device = setup(settings.device)
+    model = prepare(spec, device, settings)
     projection = getattr(model, "projection", None)
     if projection is None:
         raise UserError(
@@ -117,7 +118,7 @@ def prototypes(spec: str | Path, data: str, settings: PrototypesSettings) -> Pat
         indices = [int(indices_N[place]) for place in places]
         rows.append(
             [
-                (source.image(index), f"{score:+.2f} {label_of(source, index)}".strip())
+                (source.image(index), f"{score:+.2f} {source.label_name(index)}".strip())
                 for index, score in zip(indices, scores, strict=True)
             ]
         )
@@ -132,21 +133,14 @@ def features_of(model: Model, device: torch.device, data: str, settings: SetSett
     chosen_N = evenly(len(source), settings.limit or len(source))
     numbered = copy.copy(source) if len(chosen_N) == len(source) else Chosen(source, chosen_N)
     numbered._labels = chosen_N  # what `embed` says of each image: some may be left out
-    workers = settings.workers
-    if workers == "auto":
-        workers = auto_workers(device.type, local_world_size(), source.stack is not None)
     with progress(f"features of {data}") as show:
         features_ND, indices_N = embed(
             model.backbone, numbered, size=model.size or own_size(source), crop=model.crop, mean=model.mean,
-            std=model.std, device=device, batch_size=settings.batch_size, workers=workers,
+            std=model.std, device=device, batch_size=settings.batch_size,
+            workers=workers_of(settings, device, source),
             precision=settings.precision, progress=show,
         )  # fmt: skip
     return source, features_ND, indices_N
-
-
-def label_of(source: Source, index: int) -> str:
-    label = source.label(index)
-    return "" if label is None else source.classes[label] if source.classes else str(label)
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dino_sd.config import (
     AttentionSettings,
-    LookSettings,
     PcaSettings,
 )
 from dino_sd.data.decode import EXTENSIONS
@@ -22,8 +20,7 @@ from dino_sd.data.sources.glob import GlobSource
 from dino_sd.data.statistics import evenly
 from dino_sd.distributed import is_main, say, setup
 from dino_sd.errors import UserError
-from dino_sd.loading import load_model
-from dino_sd.models.model import Model
+from dino_sd.features import prepare
 from dino_sd.pictures import attention_picture, components_sheet, patch_components
 from dino_sd.progress import progress
 from dino_sd.tiles import save
@@ -35,7 +32,7 @@ def attention(spec: str | Path, images: Sequence[str], settings: AttentionSettin
 
     Raises UserError for models without such attention and images that cannot be read.
     """
-    model, _ = open_model(spec, settings)
+    model = prepare(spec, setup(settings.device), settings)
     if not is_main():
         return []
     clips, stills = [], []
@@ -99,7 +96,7 @@ def pca(spec: str | Path, images: Sequence[str], settings: PcaSettings) -> list[
 
     Raises UserError for raw pixels and images that cannot be read.
     """
-    model, _ = open_model(spec, settings)
+    model = prepare(spec, setup(settings.device), settings)
     if not is_main():
         return []
     folder, written = Path(settings.out), []
@@ -112,15 +109,6 @@ def pca(spec: str | Path, images: Sequence[str], settings: PcaSettings) -> list[
         written.append(path)
     save(components_sheet(drawn), sheet := folder / "pca.png")
     return [*written, sheet]
-
-
-def open_model(spec: str | Path, settings: LookSettings) -> tuple[Model, torch.device]:
-    """The model on this rank's device, with what had to be adapted said. Raises UserError as `load_model` does."""
-    device = setup(settings.device)
-    model = load_model(spec, device, network=settings.network, exit=getattr(settings, "exit", None))
-    for note in model.notes:
-        say(f"{model.description}: {note}")
-    return model, device
 
 
 def _chosen(specs: Sequence[str], channels: int, limit: int) -> list[tuple[Source, int]]:

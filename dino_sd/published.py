@@ -17,7 +17,7 @@ from dino_sd.models.model import Model
 from dino_sd.models.weights import load_into, network_of, strip_prefixes
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
-KINDS = ("DINO", "DINOv2", "ResNet")  # of layouts that are found out from tensors
+KINDS = ("DINO", "DINOv2", "XCiT", "ResNet")  # of layouts that are found out from tensors
 OWN_TAGS = ("dino", "lvd142m")  # of timm's names for the same weights
 
 
@@ -40,7 +40,7 @@ def from_content(
     arguments, state = _arguments(found), to_timm_names(strip_prefixes(raw))
     layout = _layout(state, arguments, path, architecture)
     args = layout.model_args | (model_args or {})
-    heads_known = architecture is not None or layout.kind == "ResNet" or "num_heads" in args
+    heads_known = architecture is not None or layout.kind in ("XCiT", "ResNet") or "num_heads" in args
     backbone = Backbone(
         layout.architecture, size=layout.made_for, channels=layout.channels,
         model_args=args if heads_known else args | {"num_heads": 1},
@@ -90,7 +90,7 @@ def _layout(state: dict[str, Tensor], arguments: dict[str, Any], path: Path, arc
         return seen._replace(architecture=architecture, model_args={})
     images = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
     own = (images.input_size[1], images.input_size[2]) if images else (224, 224)  # Backbone refuses unknown names
-    made_for = seen.made_for if seen is not None and seen.kind != "ResNet" else own
+    made_for = seen.made_for if seen is not None and seen.kind in ("DINO", "DINOv2") else own
     return Layout(architecture, architecture, {}, seen.channels if seen else 3, made_for, made_for, "timm")
 
 

@@ -23,7 +23,7 @@ from dino_sd.evaluate import (
     evaluate_ranks,
     evaluate_retrieval,
 )
-from dino_sd.evaluator_config import FrozenSettings, SuiteFile, SuiteSettings
+from dino_sd.evaluator_config import CacheSettings, FrozenSettings, SuiteFile, SuiteSettings
 from dino_sd.features import prepare
 from dino_sd.models.model import Model
 from dino_sd.recipe import recipes
@@ -90,12 +90,19 @@ def settings_of(name: str, own: dict[str, Any], file: SuiteFile, settings: Suite
         raise UserError(f"{path}: evaluators.{name} does not exist; did you mean {', '.join(near)}?")
     cls: type[FrozenSettings] = getattr(evaluator_config, f"{name.capitalize()}Settings")
     check_keys(own, cls, f"{path}, evaluators.{name}", {})
+    if shares := [key for key in ("network", "channels", "device") if own.get(key) is not None]:
+        raise UserError(
+            f"{path}: evaluators.{name}.{shares[0]}: all evaluators share one model; give it to the command, as in "
+            f"dino-sd evaluate MODEL suite={path} {shares[0]}={own[shares[0]]}"
+        )
     given = settings.model_fields_set
-    shared = {key: getattr(settings, key) for key in FrozenSettings.model_fields if key in given}
+    names = [key for key in (*FrozenSettings.model_fields, *CacheSettings.model_fields) if key in cls.model_fields]
+    shared = {key: getattr(settings, key) for key in names if key in given}
     if name not in OWN_DATA:
         data = {"train": settings.train or file.train, "test": settings.test or file.test}
         shared |= {key: value for key, value in data.items() if value is not None and key in cls.model_fields}
-    shared.pop("exit", None)  # the model is cut already
+    for done in ("network", "channels", "exit"):  # the model is loaded and cut already
+        shared.pop(done, None)
     return parse(cls, shared | own, f"evaluators.{name}.")
 
 

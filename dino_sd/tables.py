@@ -16,7 +16,6 @@ from dino_sd.data.source import short_hash
 from dino_sd.distributed import is_main, world_size
 from dino_sd.errors import UserError
 from dino_sd.evaluator_config import FrozenSettings
-from dino_sd.feature_cache import weights_hash
 from dino_sd.intervals import Interval, wilson
 from dino_sd.models.model import Model
 from dino_sd.settings import plain
@@ -69,7 +68,7 @@ def describe(
     """
     return {
         "evaluator": evaluator, "model": model.description,
-        "weights": weights_hash(model.backbone, *model.heads.values()), "results": results, "classes": classes,
+        "weights": model.weights, "results": results, "classes": classes,
         "train": learned, "test": judged,
         "images": {"size": size, "crop": model.crop, "mean": model.mean, "std": model.std, "channels": model.channels},
         "settings": plain(settings), "provenance": model.provenance,
@@ -78,9 +77,10 @@ def describe(
     }  # fmt: skip
 
 
-def about(source: Any) -> dict[str, Any]:
-    """What a report says of a set of images."""
-    return {"data": source.name, "images": len(source), "fingerprint": source.fingerprint()}
+def about(source: Any, images: int) -> dict[str, Any]:
+    """What a report says of a set of images, of which so many could be read."""
+    left_out = {"unreadable": len(source) - images} if images < len(source) else {}
+    return {"data": source.name, "images": images, **left_out, "fingerprint": source.fingerprint()}
 
 
 def deliver(report: dict[str, Any], model: Model, out: str | None, json_only: bool) -> None:

@@ -55,11 +55,11 @@ def test_evaluation_covers_every_image_once_over_the_ranks(size):
     source = open_source("fashion-mnist-mini:test", 1)
     seen = []
     for rank in range(3):
-        for images, labels, indices in eval_batches(source, size, 1.0, 20, 0, rank, 3, limit=100):
+        for images, labels, indices in eval_batches(source, size, 1.0, 20, 0, rank, 3):
             assert images.dtype == torch.uint8 and images.shape[1:] == (1, *size) and len(images) <= 20
             assert (labels.numpy() == source.labels()[indices.numpy()]).all()
             seen += indices.tolist()
-    assert seen == list(range(100))
+    assert seen == list(range(len(source)))
 
 
 def test_evaluation_without_labels_and_with_a_bad_file(tmp_path, capsys):
@@ -87,11 +87,11 @@ def clean_views(source, size, crop):
 
 def test_a_clean_view_is_the_evaluation_image():
     source = open_source("fashion-mnist-mini:train", 1)
-    images, _, _ = next(eval_batches(source, (28, 28), 1.0, 50, limit=50))
+    images, _, _ = next(eval_batches(source, (28, 28), 1.0, 50))
     assert torch.equal(clean_views(source, (28, 28), 1.0), images)
     # Resized, it is the same but for the rounding of the weights.
     for size in ((32, 32), (14, 14), (16, 28)):
-        images, _, _ = next(eval_batches(source, size, 1.0, 50, limit=50))
+        images, _, _ = next(eval_batches(source, size, 1.0, 50))
         assert (clean_views(source, size, 1.0).int() - images.int()).abs().max() <= 2
 
 

@@ -29,7 +29,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from dino_sd import cli, recipe
+from dino_sd import cli, config, evaluator_config, recipe
 from dino_sd.data.source import open_source
 from dino_sd.errors import UserError
 from dino_sd.settings import Settings, fields, read_pairs
@@ -352,22 +352,23 @@ def test_every_block_is_run_or_checked_or_says_why_not(page: Path):
 
 
 def listed(page: Path) -> dict[str, dict[str, str]]:
-    """{command or term: {setting: default}} of a page's tables, whose head is | setting of NAME | default | ... |."""
+    """{command or term: {setting: default}} of a page's tables, headed | setting of NAME, ... | default | ... |."""
     found: dict[str, dict[str, str]] = {}
-    rows: dict[str, str] | None = None
+    owners: list[dict[str, str]] = []
     for line in page.read_text().splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if not cells:
-            rows = None
-        elif head := re.fullmatch(r"setting of `([\w. ]+)`", cells[0]):
-            rows = found.setdefault(head[1], {})
-        elif rows is not None and not set(cells[0]) <= {"-", ":"}:
+            owners = []
+        elif cells[0].startswith("setting of "):
+            owners = [found.setdefault(name, {}) for name in re.findall(r"`([\w.]+)`", cells[0])]
+        elif owners and not set(cells[0]) <= {"-", ":"}:
             keys = re.findall(r"`([^`]+)`", cells[0])
             defaults = re.split(r", (?![^\[]*\])", cells[1]) if len(keys) > 1 else [cells[1]]
             assert len(defaults) in (1, len(keys)), f"{page.name}: {line}"
             for key, default in zip(keys, defaults * (len(keys) // len(defaults)), strict=True):
-                assert key not in rows, f"{page.name} lists {key} twice"
-                rows[key] = default
+                for rows in owners:
+                    assert key not in rows, f"{page.name} lists {key} twice"
+                    rows[key] = default
     return found
 
 
@@ -411,9 +412,14 @@ def test_tables_of_settings(name: str):
         assert same, f"docs/ says {key}={cell}, its default is {shown(field)}"
 
 
-def test_every_setting_of_train_is_listed():
+def test_every_command_and_term_has_its_table():
     terms = {path.stem for path in (ROOT / "dino_sd/terms").glob("[a-z]*.py")}
-    assert {"train", *(f"terms.{term}" for term in terms - {"dino"})} <= TABLES.keys()
+    classes = {name for module in (config, evaluator_config) for name in vars(module) if name.endswith("Settings")}
+    passive = {"Settings", "LookSettings", "SetSettings", "FrozenSettings", "CacheSettings", "JudgeSettings"}
+    passive |= {"EvaluatorSettings"}
+    of_classes = {name.removesuffix("Settings").lower() for name in classes - passive}
+    listed = {{"evaluate": "accuracy"}.get(name, name) for name in TABLES}
+    assert listed == {"train", *of_classes, *(f"terms.{term}" for term in terms - {"dino"})}
 
 
 @cache

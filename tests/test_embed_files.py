@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ import torch
 from conftest import ROOT, TINY, command
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dino_sd.config import Config
 from dino_sd.data.source import open_source
-from dino_sd.embed import embed
+from dino_sd.embed import embed, pooled
 from dino_sd.embed_files import embed_files
 from dino_sd.errors import UserError
 from dino_sd.evaluator_config import EmbedSettings
 from dino_sd.loading import load_model
+from dino_sd.models.backbone import Backbone
+from dino_sd.models.model import Model
 from dino_sd.settings import parse
 from dino_sd.train import train
 
@@ -74,6 +78,10 @@ def test_what_is_in_the_file(run: Path, images: Path, tmp_path: Path, capsys: py
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
 
 
+def of(model: Model, layers: list[int], pool: Any) -> Callable[[Tensor], Tensor]:
+    return lambda images: pooled(model.backbone(images, layers), pool)
+
+
 def test_layers_pooling_and_patches(run: Path, images: Path, tmp_path: Path):
     model, few = load_model(run), str(images / "öl")
     source = open_source(few, 1)
@@ -81,15 +89,30 @@ def test_layers_pooling_and_patches(run: Path, images: Path, tmp_path: Path):
     how: dict[str, Any] = {"size": model.size, "crop": model.crop, "mean": model.mean, "std": model.std}
     for layers, pool in (([0, -1], "cls"), ([1], "cls+mean"), ([], "mean")):
         out = embed_files(run, few, settings(tmp_path / "f.npz", layers=layers, pool=pool))
-        expected, _ = embed(model.backbone, source, device="cpu", layers=layers, pool=pool, **how)  # pyright: ignore
+        expected, _ = embed(model.backbone, source, device="cpu", of=of(model, layers, pool), **how)
         torch.testing.assert_close(torch.from_numpy(np.load(out)["features"]), expected, rtol=1e-5, atol=1e-5)
     out = embed_files(run, few, settings(tmp_path / "f.npz", tokens="patch", layers=[0]))
     patches = np.load(out)["features"]
     assert patches.shape == (43, 16, 32)
-    pooled, _ = embed(model.backbone, source, device="cpu", layers=[0], pool="mean", **how)
-    torch.testing.assert_close(torch.from_numpy(patches.mean(1)), pooled, rtol=1e-5, atol=1e-5)
+    means, _ = embed(model.backbone, source, device="cpu", of=of(model, [0], "mean"), **how)
+    torch.testing.assert_close(torch.from_numpy(patches.mean(1)), means, rtol=1e-5, atol=1e-5)
     flat = embed_files("pixels", few, settings(tmp_path / "p.npz", channels=1))
     assert np.load(flat)["features"].shape == (43, 28 * 28)
+
+
+def test_registers(images: Path, tmp_path: Path):
+    args = {"patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 1, "reg_tokens": 3}
+    torch.manual_seed(0)
+    backbone = Backbone("vit_tiny_patch16_224", size=(28, 28), channels=1, model_args=args).eval()
+    model = Model(backbone, (28, 28), 1.0, [0.5], [0.5], "a ViT with registers", {})
+    source, few = open_source(str(images / "öl"), 1), str(images / "öl")
+    normalised = torch.stack([source.image(index) for index in range(len(source))]) / 127.5 - 1
+    for layers in ([], [0]):
+        found = np.load(embed_files(model, few, settings(tmp_path / "r.npz", tokens="register", layers=layers)))
+        expected = model.features(normalised, layers=layers or None, tokens="register")
+        expected = expected[0] if layers else expected
+        assert expected.shape == (43, 3, 32)
+        torch.testing.assert_close(torch.from_numpy(found["features"]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_parquet(run: Path, images: Path, tmp_path: Path):
@@ -180,6 +203,7 @@ def test_killed_and_run_again(run: Path, images: Path, tmp_path: Path):
     [
         ({"out": "f.csv"}, [".npz or .parquet"]),
         ({"layers": [2]}, ["layers=2", "2 blocks"]),
+        ({"tokens": "register"}, ["tokens=register", "no register tokens"]),
         ({"out": "/proc/nowhere/f.npz"}, ["cannot be written"]),
     ],
 )
@@ -187,6 +211,25 @@ def test_what_cannot_be_is_refused(own, words, run: Path, images: Path, tmp_path
     with pytest.raises(UserError) as error:
         embed_files(run, str(images / "öl"), settings(Path(own.pop("out", tmp_path / "f.npz")), **own))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_no_rank_waits_for_one_that_has_failed(run: Path, images: Path):
+    """Under SLURM, where nothing stops the others: rank 0 alone makes the folder, and cannot."""
+    ranks = []
+    for rank in ("0", "1"):
+        env = ENV | {
+            "SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": rank, "SLURM_NTASKS_PER_NODE": "2",
+            "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()),
+        }  # fmt: skip
+        words = ["embed", str(run), str(images / "öl"), "out=/proc/nowhere/f.npz", "device=cpu", "workers=0"]
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dino_sd", *words], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+            )
+        )
+    for process, said in zip(ranks, ("cannot be written", "rank 1 stops"), strict=True):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and said in err, err
 
 
 def test_a_set_without_a_readable_image(run: Path, tmp_path: Path):

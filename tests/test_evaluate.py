@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from dino_sd.data.source import StackSource
-from dino_sd.embed import embed, last_blocks, pooled
+from dino_sd.embed import Parts, embed, last_blocks, parts_of, pooled
 from dino_sd.errors import UserError
 from dino_sd.evaluate import evaluate_knn, evaluate_linear
 from dino_sd.evaluator_config import KnnSettings, LinearSettings
@@ -75,7 +75,7 @@ def test_last_blocks():
     assert last_blocks(Backbone("resnet18", size=(28, 28)), None) == ()
     with pytest.raises(UserError, match="blocks=6.* has 5"):
         last_blocks(backbone, 6)
-    features, _ = embed(backbone, source_of(3), layers=last_blocks(backbone, None), pool="cls+mean", **HOW)
+    features = Parts(backbone, parts_of(backbone, None, "cls+mean"))(torch.zeros(3, 1, 28, 28))
     assert features.shape == (3, 5 * 32)
 
 
@@ -106,7 +106,7 @@ def test_knn_of_pixels(tmp_path, capsys):
 class Nothing(nn.Module):
     """A backbone that knows the mean brightness only."""
 
-    name, prefix_tokens, depth, channels = "nothing", 0, 1, 1
+    name, blocks_have_class_token, depth, channels = "nothing", False, 1, 1
 
     def forward(self, images_NCHW, layers=()):
         patches_NPD = images_NCHW.flatten(2).transpose(1, 2)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import dino_sd
 from dino_sd import checkpoint, cli
 from dino_sd.data.evaluation import EvalSet
 from dino_sd.data.source import WHITE, open_source
+from dino_sd.embed import last_blocks
 from dino_sd.errors import UserError
 from dino_sd.loading import shallow
 from dino_sd.models.backbone import Backbone
@@ -191,6 +193,39 @@ def test_published_resnets(tmp_path: Path):
         dino_sd.load(tmp_path / "less.pth")
 
 
+def xcit_names(backbone: Backbone) -> dict[str, Tensor]:
+    """A timm XCiT's weights as they were published."""
+    state: dict[str, Tensor] = {}
+    for key, value in weights(backbone).items():
+        if key.startswith("cls_attn_blocks") and ".attn.q." in key:
+            parts = [weights(backbone)[key.replace(".q.", f".{part}.")] for part in "qkv"]
+            state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif not (key.startswith("cls_attn_blocks") and re.search(r"\.attn\.[kv]\.", key)):
+            state[key.replace("pos_embed.", "pos_embeder.")] = value
+    return state
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_published_xcits(tmp_path: Path, patch: int):
+    torch.manual_seed(0)
+    backbone = Backbone(f"xcit_nano_12_p{patch}_224", size=(224, 224)).eval()
+    state = xcit_names(backbone)
+    assert len(state) < len(weights(backbone)) and "pos_embeder.token_projection.weight" in state
+    torch.save(state, tmp_path / "bare.pth")
+    torch.save({"teacher": {f"backbone.{key}": value for key, value in state.items()}}, tmp_path / "full.pth")
+    for name in ("bare.pth", "full.pth"):
+        model = dino_sd.load(tmp_path / name)
+        assert model.backbone.name == backbone.name and model.size == (224, 224) and model.mean[0] == 0.485
+        assert torch.equal(model.features(images(64)), backbone(images(64)).pooled_ND)
+    block, output = model.features(images(64), layers=[3])[0], model.features(images(64), tokens="patch")
+    assert block.shape == (2, 128) and output.shape == (2, 128, 64 // patch, 64 // patch)
+    assert last_blocks(backbone, None) == ()
+    del state["patch_embed.proj.0.0.weight"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(UserError, match="patch_embed|never published"):
+        dino_sd.load(tmp_path / "less.pth")
+
+
 def test_heads_that_nobody_knows_are_asked_for(tmp_path: Path):
     backbone = vit(embed_dim=32, num_heads=2)
     path = published(tmp_path / "x.pth", backbone, args=argparse.Namespace(arch="own"))
@@ -326,7 +361,7 @@ def test_a_file_that_would_run_code_is_not_opened(tmp_path: Path, monkeypatch, c
 
 def test_foreign_networks_are_named(tmp_path: Path):
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="neither those of a ViT of DINO or DINOv2 nor of a ResNet"):
+    with pytest.raises(UserError, match="neither those of a ViT of DINO or DINOv2 nor of an XCiT or ResNet"):
         dino_sd.load(tmp_path / "x.pth")
     found = dino_sd.load(tmp_path / "x.pth", architecture="mobilenetv3_small_050")
     assert found.features(images(64)).shape == (2, 1024)

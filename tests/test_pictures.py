@@ -459,7 +459,7 @@ def test_prototypes_need_a_head(vit: Path, tmp_path: Path, monkeypatch, capsys):
     torch.manual_seed(0)
     head = ProjectionHead(24, prototypes=12, hidden=16, bottleneck=8)
     model = replace(load_model(vit), projection=head)
-    monkeypatch.setattr(gallery, "open_model", lambda *arguments: (model, torch.device("cpu")))
+    monkeypatch.setattr(gallery, "prepare", lambda *arguments: model)
     out = tmp_path / "p.png"
     settings = PrototypesSettings(out=str(out), count=3, images=4, limit=60, device="cpu", workers=0)
     assert gallery.prototypes(vit, MINI, settings) == out

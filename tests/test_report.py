@@ -326,6 +326,22 @@ def test_damaged_files_are_read_as_far_as_they_go(tmp_path: Path):
     assert np.allclose(values[:-1], 7 - np.arange(100, 1000, 100) / 900)
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "-3", "0", "x", "[1, 2]", "{3: 4}", "null"])
+def test_settings_that_are_damaged(tmp_path: Path, value: str):
+    run = fake_run(tmp_path / "run")
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report" / "starts.jsonl").write_text('{"step": Infinity}\n{"step": NaN}\n{"step": 300}\n')
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key in ("steps", "images", "epochs", "batch_size", "terms"):  # one more at a time
+        config[key] = yaml.safe_load(value)
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        found = folder.read_run(run)
+        assert found.starts == [300] and folder.changed(found)
+    page = page_of(run)
+    assert page.curves["loss", "loss"][0].tolist() == [*range(100, 1001, 100)]
+    assert not [key for key, _ in page.curves if key.startswith("schedule/")]
+
+
 def test_little_to_say(tmp_path: Path):
     """Before the first line, without evaluations, and of a version that nobody knows."""
     run = fake_run(tmp_path / "run", [])
@@ -347,7 +363,7 @@ def test_what_ran(tmp_path: Path):
               "train": {"data": "A", "images": 10_000}, "test": {"data": "B", "images": 1000},
               "seconds": 3.2}  # fmt: skip
     (run / "evaluations/knn.json").write_text(json.dumps(result))
-    rows = {key: (value, default) for key, value, default in folder.changed(folder.read_run(run).config)}
+    rows = {key: (value, default) for key, value, default in folder.changed(folder.read_run(run))}
     assert rows["seed"] == (7, 0) and rows["optim.lr"] == (2e-3, 5e-4) and rows["epochs"] == (12.0, None)
     assert rows["model_args.depth"] == (4, None) and "optim.min_lr" not in rows and "steps" not in rows
     text = page_of(run).texts

@@ -119,6 +119,7 @@ def test_suite_by_the_command_line(run: Path, images: dict[str, str], tmp_path: 
         ({"evaluators": {"knn": {"k": "many"}}}, ["evaluators.knn.k"]),
         ({"evaluators": {"linear": {}}, "test": None}, ["test"]),
         ({"evaluator": {}}, ["did you mean 'evaluators'"]),
+        ({"evaluators": {"knn": {"network": "student"}}}, ["knn.network", "share one model", "network=student"]),
         (None, ["does not exist", "fashion_mnist_mini"]),
     ],
 )
@@ -129,6 +130,12 @@ def test_suites_that_cannot_be_are_refused_before_anything_is_computed(file, wor
     with pytest.raises(UserError) as error:
         evaluate_suite("nowhere", SuiteSettings(suite=str(place)))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_model_that_is_loaded_stays_what_it_is(run: Path, images: dict[str, str]):
+    for name, value in (("network", "student"), ("channels", 1)):
+        with pytest.raises(UserError, match=f"{name}={value}: the model is loaded already"):
+            evaluate_knn(load_model(run), quick(KnnSettings, images, **{name: value}))
 
 
 def test_the_shipped_suite_is_sound():

@@ -53,16 +53,15 @@ def eval_batches(
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    limit: int | None = None,
     whole: bool = True,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """This rank's contiguous share of the source, in order: (images (B, C, H, W), labels (B,), indices (B,)).
 
-    Images are of the source's dtype, labels -1 where there are none. limit: only the first so many images. Shares
-    differ by at most one image. An image that cannot be read is left out, and said. Raises UserError where none can be.
+    Images are of the source's dtype, labels -1 where there are none. Shares differ by at most one image.
+    An image that cannot be read is left out, and said. Raises UserError where none can be.
     whole: False where the source is part of a set whose other images may be readable: none is then no error.
     """
-    count = len(source) if limit is None else min(limit, len(source))
+    count = len(source)
     share = range(count * rank // world_size, count * (rank + 1) // world_size)
     chunks = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     ready = source.stack is not None and tuple(source.stack.shape[-2:]) == tuple(size) and crop == 1.0

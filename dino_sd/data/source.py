@@ -107,6 +107,11 @@ class Source(ABC):
         labels_N = self.labels()
         return None if labels_N is None or labels_N[index] == NO_LABEL else int(labels_N[index])
 
+    def label_name(self, index: int) -> str:
+        """The name of one image's class, its number where classes have none, or nothing."""
+        label = self.label(index)
+        return "" if label is None else self.classes[label] if self.classes else str(label)
+
     def name_classes(self, names: list[str]) -> None:
         """Numbers the labels by these names, which hold all of the source's. Raises UserError where one is missing."""
         if self.classes is None or self._labels is None or self.classes == names:

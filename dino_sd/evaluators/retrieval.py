@@ -16,13 +16,11 @@ class RetrievalResult(NamedTuple):
     """Of every query that has an image to find, float64 and 0 to 1.
 
     average_precision_N: the area under precision over recall. recall_N: {k: whether one of the k nearest images is of
-    the query's class}, which is what "recall at k" means where one match is enough (Jegou et al. 2011). left_out:
-    queries with nothing to find.
+    the query's class}, which is what "recall at k" means where one match is enough (Jegou et al. 2011).
     """
 
     average_precision_N: Tensor
     recall_N: dict[int, Tensor]
-    left_out: int
 
 
 @torch.inference_mode()
@@ -69,4 +67,4 @@ def retrieval(
     hits_NK = torch.cat(hits).double() if hits else place_M.new_zeros(0, len(ks)).double()
     known_N = ~precision_N.isnan()
     recall = {count: hits_NK[known_N, place] for place, count in enumerate(ks)}
-    return RetrievalResult(precision_N[known_N], recall, int((~known_N).sum()))
+    return RetrievalResult(precision_N[known_N], recall)

@@ -1,6 +1,7 @@
 """Any timm model behind one small contract: images in, Features out."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple
@@ -71,6 +72,9 @@ class Backbone(nn.Module):
         self.stem = int(taps[0][0].startswith(("act", "bn", "conv", "relu", "stem")))  # a tap before the first stage
         self.widths: list[int] = [channels for _, channels in taps[self.stem :]]  # of each block, or stage
         self.prefix_tokens: int = getattr(self.model, "num_prefix_tokens", 0)
+        takes = inspect.signature(self.model.forward_intermediates).parameters
+        # An XCiT's class token, for one, looks at the patches after all blocks.
+        self.blocks_have_class_token = self.prefix_tokens > 0 and "return_prefix_tokens" in takes
         patch_size = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
         self.patch_size: int | None = patch_size[0] if isinstance(patch_size, tuple) else patch_size
 
@@ -96,9 +100,8 @@ class Backbone(nn.Module):
         model's last norm is applied to each.
         """
         wanted = [index % self.depth for index in layers]
-        last, maps = self.model.forward_intermediates(
-            images_NCHW, indices=sorted(set(wanted)), norm=norm, **self._prefix_argument()
-        )
+        prefix = {"return_prefix_tokens": True} if self.blocks_have_class_token else {}
+        last, maps = self.model.forward_intermediates(images_NCHW, indices=sorted(set(wanted)), norm=norm, **prefix)
         by_index = dict(zip(sorted(set(wanted)), maps, strict=True))
         taps = [by_index[index] for index in wanted]
         return last, [tap if isinstance(tap, tuple) else (tap, None) for tap in taps]
@@ -171,9 +174,6 @@ class Backbone(nn.Module):
             self.model_args["depth"] = exit
         self.widths, self.depth = self.widths[:exit], exit + self.stem
         return self
-
-    def _prefix_argument(self) -> dict[str, Any]:
-        return {"return_prefix_tokens": True} if self.prefix_tokens else {}
 
     def _pooled_and_patches(self, tap: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
         map_NDHW, prefix_NPD = tap

@@ -1,4 +1,4 @@
-"""What published files of weights hold, found out from names and shapes: ViTs of DINO and DINOv2, ResNets."""
+"""What published files of weights hold, found out from names and shapes: ViTs of DINO and DINOv2, XCiTs, ResNets."""
 
 import re
 from math import isqrt
@@ -17,6 +17,7 @@ RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
     ((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50",
     ((3, 4, 23, 3), True): "resnet101", ((3, 8, 36, 3), True): "resnet152",
 }  # fmt: skip
+XCITS = {128: "nano", 192: "tiny", 384: "small", 512: "medium", 768: "large"}  # by width
 DINOV2_SIZE, PUBLISHED_SIZE, PUBLISHED_CROP = 518, 224, 224 / 256
 
 
@@ -43,22 +44,26 @@ def layout_of(state: dict[str, Tensor], arguments: dict[str, Any], where: str) -
     arguments: those that the file was trained with, where it holds them. where: what errors call the file. Raises
     UserError for weights of another kind, and where shapes and arguments contradict each other.
     """
+    if any(re.match(r"blocks\.\d+\.attn\.temperature", key) for key in state):
+        return _xcit(state, where)
     if any(re.match(r"blocks\.\d+\.attn\.(qkv|proj)\.", key) for key in state):
         return _vit(state, arguments, where)
     if any(key.startswith("layer1.0.") for key in state):
         return _resnet(state, where)
     raise UserError(
-        f"{where}: its names ({', '.join(list(state)[:3])}, ...) are neither those of a ViT of DINO or DINOv2 nor of a "
-        f"ResNet; if timm has its architecture under these names, say architecture=NAME"
+        f"{where}: its names ({', '.join(list(state)[:3])}, ...) are neither those of a ViT of DINO or DINOv2 nor of "
+        f"an XCiT or ResNet; if timm has its architecture under these names, say architecture=NAME"
     )
 
 
 def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under timm's names, where DINOv2 has others; all others as they are.
+    """A backbone's weights under timm's names, where DINOv2 and XCiT have others; all others as they are.
 
     Left out is the mask token, which training alone reads. With registers, timm adds the class token's position to it
-    and keeps positions of patches only.
+    and keeps positions of patches only; of XCiT, it keeps queries, keys and values of class attention apart.
     """
+    if any(key.startswith("pos_embeder.") for key in state):
+        return _xcit_names(state)
     if "mask_token" not in state and not any(key.endswith(".ls1.gamma") for key in state):
         return state
     named = {key: value for key, value in state.items() if key != "mask_token"}
@@ -74,7 +79,7 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _vit(state: dict[str, Tensor], arguments: dict[str, Any], where: str) -> Layout:
-    width = next(state[key].shape[-1] for key in ("norm.weight", "pos_embed", "cls_token") if key in state)
+    width = _width(state)
     depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
     patch, channels = _patch_size(state, arguments, where)
     known = WIDTHS.get(str(arguments.get("arch")).replace("deit", "vit"))
@@ -150,6 +155,32 @@ def _name(width: int, depth: int, patch: int, scaled: bool, registers: int, gate
     return next(name for name in names if timm.is_model(name))
 
 
+def _xcit_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {}
+    for key, value in state.items():
+        if match := re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv(\.weight|\.bias)", key):
+            named |= {f"{match[1]}{part}{match[2]}": rows for part, rows in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            named[re.sub(r"^pos_embeder\.", "pos_embed.", key)] = value
+    return named
+
+
+def _xcit(state: dict[str, Tensor], where: str) -> Layout:
+    width = _width(state)
+    depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key)))
+    # every convolution of the patch embedding halves the image
+    patch = 2 ** sum(bool(re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", key)) for key in state)
+    name = f"xcit_{XCITS.get(width)}_{depth}_p{patch}_224"
+    if not timm.is_model(name):
+        raise UserError(
+            f"{where}: an XCiT of {depth} blocks, {width} wide, for patches of {patch} pixels was never published: the "
+            f"file is incomplete, or say architecture=NAME"
+        )
+    size = (PUBLISHED_SIZE, PUBLISHED_SIZE)
+    first = state.get("patch_embed.proj.0.0.weight")
+    return Layout("XCiT", name, {}, 3 if first is None else first.shape[1], size, size, "timm")
+
+
 def _resnet(state: dict[str, Tensor], where: str) -> Layout:
     blocks = tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"layer{stage}.")}) for stage in range(1, 5)
@@ -198,6 +229,10 @@ def _projection(own: dict[str, Tensor], where: str) -> ProjectionHead:
         except RuntimeError as error:  # says which keys, one a line
             problem = " ".join(str(error).split("\n")[1:3]).replace("\t", "")
     raise UserError(f"{where} is no whole DINO head: the file is incomplete or was altered ({problem})")
+
+
+def _width(state: dict[str, Tensor]) -> int:
+    return next((state[key].shape[-1] for key in ("norm.weight", "pos_embed", "cls_token") if key in state), 0)
 
 
 def _first(state: dict[str, Tensor], pattern: str) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What evaluators and exporters, and people, take: a frozen backbone, what it expects, and the classes it knows."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,19 @@ class Model:
     @property
     def channels(self) -> int:
         return self.backbone.channels
+
+    @property
+    def weights(self) -> str:
+        """Sixteen hex digits that name the weights of backbone and heads, and what class they are of."""
+        digest = hashlib.sha256()
+        for module in (self.backbone, *self.heads.values()):
+            digest.update(f"{type(module).__name__} {getattr(module, 'name', '')}".encode())
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                flat = tensor.detach().cpu().contiguous().flatten()
+                if flat.numel():
+                    digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def __str__(self) -> str:
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))

@@ -10,7 +10,7 @@ from dino_sd.models.backbone import Features
 class Pixels(nn.Module):
     """Answers as `Backbone` does; the features of an image are its pixels."""
 
-    name, width, depth, prefix_tokens, patch_size, registers = "pixels", 0, 1, 0, None, 0
+    name, width, depth, blocks_have_class_token, patch_size, registers = "pixels", 0, 1, False, None, 0
 
     def __init__(self, channels: int):
         super().__init__()

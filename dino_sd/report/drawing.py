@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,15 +14,15 @@ from torch import Tensor
 from dino_sd import sheets
 from dino_sd.config import Config
 from dino_sd.data.evaluation import resize_crop
-from dino_sd.data.source import WHITE, BadImage, Source
+from dino_sd.data.source import BadImage, Source
 from dino_sd.data.statistics import enough, evenly
+from dino_sd.embed import extractor
 from dino_sd.errors import UserError
 from dino_sd.models.model import Model
 from dino_sd.pictures import attention_sheet, neighbour_sheet, pca_sheet
 
 SHOWN = 5  # images, evenly spaced over the data
-ASKED = 256  # images among which neighbours are looked for, as long as that takes no more than
-SECONDS = 1.5
+ASKED = 128  # images among which neighbours are looked for
 NEIGHBOURS = 6
 FEWEST = 4 * NEIGHBOURS  # images below which there are no neighbours
 WIDEST = 1440  # pixels of a picture
@@ -41,7 +40,8 @@ class FixedImages:
         self.source = source
         self.cfg = cfg.model_copy(update={"views": cfg.views.model_copy(update={"range": tuple(span)})})
         self.shown = [(i, image) for i in evenly(len(source), SHOWN).tolist() if (image := self._image(i)) is not None]
-        self.asked: list[int] | None = None  # chosen at the first time, by how long an image takes
+        known = {index for index, _ in self.shown}
+        self.asked = [index for index in evenly(len(source), ASKED).tolist() if index not in known]
 
     def _image(self, index: int) -> Tensor | None:
         """Large ones at a fraction of their size. None where it cannot be read."""
@@ -71,39 +71,30 @@ class FixedImages:
                 save(sheet, folder / f"step_{step:08d}_{kind}.webp")
 
     def _neighbours(self, model: Model) -> Image.Image | None:
-        began = time.perf_counter()
         queries_QD = self._features(model, [image for _, image in self.shown])
-        if self.asked is None:
-            each = (time.perf_counter() - began) / len(self.shown)
-            count = min(ASKED, int(SECONDS / max(each, 1e-9)))
-            known = {index for index, _ in self.shown}
-            self.asked = [index for index in evenly(len(self.source), count).tolist() if index not in known]
         found = [(index, image) for index in self.asked if (image := self._image(index)) is not None]
         if len(found) < FEWEST:
             return None
         similar_QN = queries_QD @ self._features(model, [image for _, image in found]).T
         best = similar_QN.topk(NEIGHBOURS)
         rows = [
-            [(found[at][1], similarity, self._label(found[at][0])) for similarity, at in zip(*row, strict=True)]
+            [
+                (found[at][1], similarity, self.source.label_name(found[at][0]))
+                for similarity, at in zip(*row, strict=True)
+            ]
             for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        names = [self._label(index) for index, _ in self.shown]
+        names = [self.source.label_name(index) for index, _ in self.shown]
         return neighbour_sheet([image for _, image in self.shown], rows, names if any(names) else ())
 
-    def _label(self, index: int) -> str:
-        label, classes = self.source.label(index), self.source.classes
-        return "" if label is None else classes[label] if classes else str(label)
-
-    @torch.inference_mode()
     def _features(self, model: Model, images: list[Tensor]) -> Tensor:
         """Of unit length, (N, D) on the CPU."""
         size, device = model.size or (32, 32), next(model.backbone.parameters()).device
-        mean_C11, std_C11 = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (model.mean, model.std))
-        features = []
-        for start in range(0, len(images), BATCH):
-            some = [resize_crop(image, size, model.crop) for image in images[start : start + BATCH]]
-            pixels_BCHW = torch.stack(some).to(device).float() / WHITE[some[0].dtype]
-            features.append(model.backbone((pixels_BCHW - mean_C11) / std_C11).pooled_ND.float().cpu())
+        of = extractor(
+            model.backbone, model.mean, model.std, device, "fp32", lambda images: model.backbone(images).pooled_ND
+        )
+        cut = [resize_crop(image, size, model.crop) for image in images]
+        features = [of(torch.stack(cut[start : start + BATCH])).cpu() for start in range(0, len(cut), BATCH)]
         return torch.nn.functional.normalize(torch.cat(features), dim=1)
 
     def _crops(self, step: int) -> Image.Image:

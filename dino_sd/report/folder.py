@@ -18,6 +18,7 @@ from dino_sd.settings import Curve, plain
 PICTURE = re.compile(r"step_(\d+)_([a-z]+)\.webp")
 STARTS = "starts.jsonl"  # in the folder of pictures: a line for every time that the run went on
 SCHEDULE_POINTS = 200
+MOST = 2**53  # larger numbers of steps and images are damage
 
 
 @dataclass
@@ -60,6 +61,24 @@ class Run:
         logged = dict.fromkeys(key for line in self.lines for key, value in line.items() if is_number(value))
         return [*logged, *self.schedules]
 
+    def count(self, key: str) -> float | None:
+        """A setting that one can reckon with: a number above 0 that is finite."""
+        value = self.config.get(key)
+        return value if is_number(value) and 0 < value < MOST else None
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the loss's terms."""
+        terms = self.config.get("terms")
+        return [name for name in terms if str(name).isidentifier()] if isinstance(terms, dict) else []
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """As its newest line has it."""
+        found = (line for line in reversed(self.lines) if is_number(line.get("epoch")) and 1e-9 < line["epoch"] < MOST)
+        last = next(found, None)
+        return max(round(last["step"] / last["epoch"]), 1) if last else None
+
     def verdicts(self) -> list[tuple[int, str]]:
         key = "health/verdict"
         return [(line["step"], line[key]) for line in self.lines if isinstance(line.get(key), str)]
@@ -79,13 +98,13 @@ def read_run(folder: Path) -> Run:
     run.config = _mapping(run, "config.yaml")
     run.environment = _mapping(run, "environment.json")
     run.lines = [line for line in _lines(run, "metrics.jsonl") if is_number(line.get("step"))]
-    run.lines = [{**line, "step": int(line["step"])} for line in run.lines if abs(line["step"]) < 2**53]
+    run.lines = [{**line, "step": int(line["step"])} for line in run.lines if abs(line["step"]) < MOST]
     run.anomalies, run.bad_files = _lines(run, "anomalies.jsonl"), _lines(run, "bad_files.jsonl")
     for path in sorted((folder / "evaluations").glob("*.json")):
         if found := _mapping(run, str(path.relative_to(folder))):
             run.evaluations[path.stem] = found
     starts = (line.get("step") for line in _lines(run, f"report/{STARTS}"))
-    run.starts = sorted({int(step) for step in starts if is_number(step)})
+    run.starts = sorted({int(step) for step in starts if is_number(step) and abs(step) < MOST})
     for path in sorted((folder / "report").glob("step_*.webp")):
         if match := PICTURE.fullmatch(path.name):
             run.pictures.setdefault(int(match[1]), {})[match[2]] = path
@@ -152,41 +171,37 @@ def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def changed(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed(run: Run) -> list[tuple[str, Any, Any]]:
     """[(dotted key, value, default)] of the settings that are not at their default; of the length, the one that is set.
 
     What the run knows and this version does not comes with a default of None.
     """
-    terms = config.get("terms")
-    named = [name for name in terms if str(name).isidentifier()] if isinstance(terms, dict) else []
     try:
-        defaults = dict(flat(plain(finish({"steps": 1, "terms": {name: {} for name in named}}))))
+        defaults = dict(flat(plain(finish({"steps": 1, "terms": {name: {} for name in run.terms}}))))
     except (UserError, AttributeError):  # terms that this version does not know
         defaults = dict(flat(plain(finish({"steps": 1}))))
     defaults |= dict.fromkeys(LENGTHS)
-    return [(key, value, defaults.get(key)) for key, value in flat(config) if value != defaults.get(key)]
+    return [(key, value, defaults.get(key)) for key, value in flat(run.config) if value != defaults.get(key)]
 
 
 def length(run: Run) -> int | None:
     """Steps of the whole run, where its settings and its lines tell."""
-    config = run.config
-    if is_number(config.get("steps")):
-        return int(config["steps"])
-    if is_number(config.get("images")) and is_number(config.get("batch_size")):
-        return max(round(config["images"] / max(config["batch_size"], 1)), 1)
-    last = next((line for line in reversed(run.lines) if is_number(line.get("epoch")) and line["epoch"] > 0), None)
-    if last and is_number(config.get("epochs")):
-        return max(round(config["epochs"] * round(last["step"] / last["epoch"])), 1)
+    batch = run.count("batch_size")
+    if steps := run.count("steps"):
+        return int(steps)
+    if batch and (images := run.count("images")):
+        return max(round(images / batch), 1)
+    if run.steps_per_epoch and (epochs := run.count("epochs")):
+        return max(round(epochs * run.steps_per_epoch), 1)
     return None
 
 
 def schedules(run: Run) -> dict[str, tuple[list[int], list[float]]]:
     """Settings that move, from the first step to the newest: {"schedule/teacher.momentum": (steps, values)}."""
-    steps, batch = length(run), run.config.get("batch_size")
-    epochs = next((line for line in reversed(run.lines) if is_number(line.get("epoch")) and line["epoch"] > 0), None)
-    if not steps or not run.step or not is_number(batch) or epochs is None:
+    steps, batch = length(run), run.count("batch_size")
+    if not steps or not run.step or not batch or not run.steps_per_epoch:
         return {}
-    whole = build.Length(steps, max(round(epochs["step"] / epochs["epoch"]), 1), int(batch))
+    whole = build.Length(steps, run.steps_per_epoch, int(batch))
     at = sorted({int(step) for step in evenly(min(run.step, steps), SCHEDULE_POINTS)})
     found = {}
     for key, tree in curves(run.config):
@@ -212,8 +227,8 @@ def curves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[s
 
 def seconds(run: Run) -> float | None:
     """Time spent in training steps, from the speeds that were logged; evaluation and start-up are not in it."""
-    batch, steps, total, before = run.config.get("batch_size"), 0, 0.0, 0
-    if not is_number(batch):
+    batch, steps, total, before = run.count("batch_size"), 0, 0.0, 0
+    if not batch:
         return None
     for step, speed in zip(*run.series("images_per_s"), strict=True):
         if speed > 0 and step > before:

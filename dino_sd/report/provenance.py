@@ -14,7 +14,7 @@ def settings_section(runs: list[Run]) -> list[Html]:
         parts.append(tag("div", _compared(runs), class_="card"))
     for run in runs:
         rows = [(key, setting(value), "–" if default is None else setting(default))
-                for key, value, default in changed(run.config)]  # fmt: skip
+                for key, value, default in changed(run)]  # fmt: skip
         whole = folded("The whole config", tag("pre", yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)))
         differing = table(["setting", "this run", "default"], rows, numbers=False)
         if not rows:

@@ -67,10 +67,10 @@ def _history(found: list[tuple[int, str]]) -> Html:
 
 
 def _tiles(run: Run) -> Html:
-    total, batch = length(run), run.config.get("batch_size")
+    total, batch = length(run), run.count("batch_size")
     state = "steps" if total is None else "finished" if run.step >= total else f"{run.step / total:.0%} of {total:,}"
     tiles: list[tuple[str, str, str]] = [("Steps", f"{run.step:,}", state)]
-    if is_number(batch):
+    if batch:
         epoch = run.last("epoch")
         tiles.append(("Images seen", f"{run.step * batch:,.0f}", f"{epoch:.3g} epochs" if epoch is not None else ""))
     for key, name in SCORES:
@@ -152,7 +152,7 @@ def scores_section(runs: list[Run]) -> list[Html]:
         title = [tag("h3", run.name)] if len(runs) > 1 else []
         tables = [_evaluation(name, found) for name, found in run.evaluations.items()]
         keys = [key for key in run.names() if key.split("/")[-1] in ("knn", "accuracy", "accuracy_top5")]
-        keys = [key for key in keys if not key.startswith(tuple(run.config.get("terms") or ())) or "/" not in key]
+        keys = [key for key in keys if not key.startswith(tuple(run.terms)) or "/" not in key]
         lines = [line for line in run.lines if any(is_number(line.get(key)) for key in keys)]
         if lines:
             rows = [[f"{line['step']:,}", *(_percent(line.get(key)) for key in keys)] for line in lines]
