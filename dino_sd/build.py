@@ -24,7 +24,7 @@ from dino_sd.loading import load_model
 from dino_sd.method import Network, SelfDistillation
 from dino_sd.models.backbone import Backbone
 from dino_sd.models.model import Model
-from dino_sd.models.weights import load_into, read_weights
+from dino_sd.models.weights import load_into, read_weights, start_from
 from dino_sd.schedule import Schedule
 from dino_sd.settings import Curve, Settings, is_duration, parse, size_pair, to_steps
 from dino_sd.term import Given, Term, term_class, term_module
@@ -151,20 +151,22 @@ def make_backbone(cfg: Config, drop_path: float = 0.0, resuming: bool = False) -
     )
     check_sizes(backbone, cfg)
     if init and not pretrained:
-        for note in load_into(backbone, first_weights(init), source=init):
+        first = first_weights(init)
+        loads = start_from if isinstance(first, Backbone) else load_into
+        for note in loads(backbone, first, init):  # pyright: ignore
             say(f"init={init}: {note}")
     return backbone
 
 
-def first_weights(init: str) -> dict[str, Tensor]:
-    """Backbone weights of a run folder, a checkpoint, an export folder or a file of weights."""
+def first_weights(init: str) -> Backbone | dict[str, Tensor]:
+    """The backbone of a run folder, a checkpoint or an export folder; of a file of weights these alone."""
     path = Path(init)
     if path.is_file() and checkpoint.step_of(path) < 0:
         return read_weights(path)
     model = load_model(init)
     if not isinstance(model.backbone, Backbone):
         raise UserError(f"init={init}: raw pixels have no weights to start from")
-    return model.backbone.state_dict()
+    return model.backbone
 
 
 def check_sizes(backbone: Backbone, cfg: Config) -> None:

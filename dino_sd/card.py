@@ -16,15 +16,13 @@ def provenance(exported: Exported, code: dict[str, Any]) -> tuple[dict[str, Any]
     """(what is known of the weights, as plain values; what to say of it). code: that which exports."""
     model = exported.model
     known = {key: value for key, value in model.provenance.items() if key not in OWN}
-    found, notes = evaluations_of(model, exported.exit)
-    if found or exported.exit is not None:
+    found, notes = evaluations_of(model)
+    if found:
         known["evaluations"] = found
     environment = _read(model.folder / "environment.json") if model.folder is not None else None
     if environment is not None:
         known["trained_by"] = {key: environment[key] for key in ABOUT_RUN if environment.get(key) is not None}
     known |= {"exported_by": code, "preprocessing": exported.preprocessing()}
-    if exported.exit is not None:
-        known["exit"] = exported.exit
     if exported.stages is not None:
         known["stages"] = exported.stages
     if (way := getattr(exported.backbone, "position_resize", "timm")) != "timm":
@@ -36,23 +34,19 @@ def provenance(exported: Exported, code: dict[str, Any]) -> tuple[dict[str, Any]
     return known, notes
 
 
-def evaluations_of(model: Model, exit: int | None) -> tuple[dict[str, Any], list[str]]:
+def evaluations_of(model: Model) -> tuple[dict[str, Any], list[str]]:
     """({file name: report without what the export says anyway} of these very weights, which others were left out)."""
     found: dict[str, Any] = {}
-    notes = []
+    notes, weights = [], model.weights
     for path in sorted(model.folder.glob("evaluations/*.json")) if model.folder is not None else ():
         report = _read(path)
         if report is None or not isinstance(report.get("results"), list):
             continue
-        judged = report.get("provenance") or {}
-        same = all(judged.get(key) == model.provenance.get(key) for key in ("network", "step"))
-        if same and (report.get("settings") or {}).get("exit") == exit:
+        if report.get("weights") == weights:
             found[path.stem] = {key: report[key] for key in OF_EVALUATION if key in report}
         else:
             notes.append(f"{path} judged other weights than these (another step, network or exit): left out")
-    if not found and exit is None:
-        found = dict(model.provenance.get("evaluations") or {})
-    return found, notes
+    return found or dict(model.provenance.get("evaluations") or {}), notes
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -121,7 +115,7 @@ def judged(known: dict[str, Any]) -> list[str]:
             rows.append(f"| {report.get('evaluator')} | {_values(result)} | {'; '.join(sets)} | {_settings(report)} |")
     lines = ["| evaluator | result (top: %) | images | how |", "|---|---|---|---|", *rows] if rows else []
     scores = {key: value for key, value in (known.get("scores") or {}).items() if isinstance(value, (int, float))}
-    if scores and "exit" not in known:
+    if scores:
         lines += [""] if lines else []
         lines.append(f"Measured while training, at its last evaluation: {_values(scores)}.")
     return lines or ["It was not evaluated before it was exported."]

@@ -5,6 +5,7 @@ Beside each lies its SHA-256, in a file `step_N.pt.sha256` as sha256sum writes i
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -152,12 +153,21 @@ def check_sum(path: Path) -> None:
 
 
 def newest_good(run: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read; says so where a newer one cannot."""
-    for path in all_of(run):
+    """The newest checkpoint that can be read, None where there is none at all; says so where a newer one cannot.
+
+    Raises UserError where there are some, and none of them can be read: a run does not silently begin anew.
+    """
+    found = all_of(run)
+    for path in found:
         try:
             return load(path)
         except UserError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(
+            f"out={run}: none of its {len(found)} checkpoint(s) can be read; bring a good one back, move them away to "
+            f"begin anew, or choose another out"
+        )
     return None
 
 
@@ -166,11 +176,14 @@ class Saver:
 
     keep: newest ones that stay. milestone: those at multiples of so many steps stay too. best: a metric whose best
     value so far stays, higher being better; `best.json` says which that is. stop: whether a failure ends the run;
-    otherwise it is said, and the next save tries again.
+    otherwise it is said, and the next save tries again. start: the step that the run goes on from.
     """
 
-    def __init__(self, run: Path, keep: int, milestone: int | None, best: str | None = None, stop: bool = False):
+    def __init__(
+        self, run: Path, keep: int, milestone: int | None, best: str | None = None, stop: bool = False, start: int = 0
+    ):
         self.run, self.keep, self.milestone, self.best, self.stop = run, keep, milestone, best, stop
+        self._unreadable = {step_of(path) for path in all_of(run)} - {*range(start + 1)}
         self._thread: threading.Thread | None = None
         self._failure: UserError | None = None
 
@@ -194,29 +207,36 @@ class Saver:
     def _write(self, path: Path, state: dict[str, Any], value: float | None) -> None:
         try:
             save(path, state)
+            self._unreadable.discard(step_of(path))
             kept = self._best(step_of(path), value)
-            prune(self.run, self.keep, self.milestone, kept)
+            prune(self.run, self.keep, self.milestone, kept, step_of(path), self._unreadable)
         except UserError as error:
             self._failure = error
-        except OSError as error:
-            self._failure = UserError(f"checkpoint: {path.parent} cannot be written ({error.strerror})")
+        except Exception as error:  # whatever it is: a save that failed must not pass for one that is done
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self._failure = UserError(f"checkpoint: {path} cannot be written ({reason})")
 
     def _best(self, step: int, value: float | None) -> int:
         """The step of the best checkpoint; -1 for none."""
         place = self.run / "checkpoints" / "best.json"
         before = best_of(self.run)
-        if value is None or (before is not None and value <= before[1]):
+        if value is None or math.isnan(value) or (before is not None and value <= before[1]):
             return before[0] if before is not None else -1
         write_whole(place, json.dumps({"step": step, "metric": self.best, "value": value}) + "\n")
         return step
 
 
 def best_of(run: Path) -> tuple[int, float] | None:
-    """(step, value) of the checkpoint that `best.json` names; None without one."""
+    """(step, value) of the checkpoint that `best.json` names; None without one, and where that is gone."""
+    place = run / "checkpoints" / "best.json"
     try:
-        said = json.loads((run / "checkpoints" / "best.json").read_text())
-        return int(said["step"]), float(said["value"])
+        said = json.loads(place.read_text())
+        step, value = int(said["step"]), float(said["value"])
+        return (step, value) if path_of(run, step).exists() and not math.isnan(value) else None
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError, TypeError):
+        say(f"warning: {place} is damaged; the best checkpoint is looked for anew")
         return None
 
 
@@ -236,10 +256,16 @@ def copied(node: Any) -> Any:
     return copy(node)
 
 
-def prune(run: Path, keep: int, milestone: int | None, best: int = -1) -> None:
-    """Removes all but the newest `keep`, those at multiples of `milestone` steps, and the one of step `best`."""
-    for path in all_of(run)[keep:]:
-        if (not milestone or step_of(path) % milestone) and step_of(path) != best:
+def prune(run: Path, keep: int, milestone: int | None, best: int, saved: int, unreadable: set[int]) -> None:
+    """Removes all up to the step `saved` but the newest `keep`, multiples of `milestone` steps, and the step `best`.
+
+    unreadable: steps whose files are no good: they take no other's place.
+    """
+    until = [path for path in all_of(run) if step_of(path) <= saved]
+    kept = {step_of(path) for path in [path for path in until if step_of(path) not in unreadable][:keep]}
+    for path in until:
+        step = step_of(path)
+        if step not in kept and (not milestone or step % milestone) and step != best:
             path.unlink(missing_ok=True)
     for leftover in _leftovers(run):
         leftover.unlink(missing_ok=True)

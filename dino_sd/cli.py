@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -440,13 +441,24 @@ def main() -> None:
     sys.exit(code)
 
 
+def of_others(error: BaseException | None) -> bool:
+    """Whether an exception says that other ranks do not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
+
+
 def crash() -> None:
     """This rank's traceback first, then which ranks do not answer, and out: without waiting for anyone."""
     where = f"rank {rank()} of {world_size()} " if world_size() > 1 else ""
     print(f"{where}failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     if world_size() == 1:
         sys.exit(1)
-    if silent := silent_ranks():
+    for thread in threading.enumerate():  # a save that is on its way is still good
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(timeout=15)
+    # Waiting for an answer tells only a rank that others have left alone from one that has left them.
+    if of_others(sys.exc_info()[1]) and (silent := silent_ranks()):
         numbers = ", ".join(map(str, silent))
         print(f"rank {rank()}: no answer from rank(s) {numbers}: they hang or are gone", file=sys.stderr, flush=True)
     os._exit(1)  # the way out of a process group, or of loader workers, may wait for those who never come

@@ -373,7 +373,6 @@ class PcaSettings(LookSettings):
 class SetSettings(LookSettings):
     """What every picture of a whole set takes."""
 
-    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
     batch_size: int = Field(default=256, ge=1, description="images at a time")
     precision: Literal["bf16", "fp32"] = Field(default="fp32", description="of the backbone")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
@@ -385,6 +384,7 @@ class SetSettings(LookSettings):
 class NeighboursSettings(SetSettings):
     """Images and what is nearest to them."""
 
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
     out: str = Field(default="neighbours.png", description="picture file")
     images: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(as_list)] | None = Field(
         default=None, description="numbers of the images whose neighbours are shown, from 0; null: evenly spaced ones"
@@ -396,6 +396,7 @@ class NeighboursSettings(SetSettings):
 class MapSettings(SetSettings):
     """A set as a plane."""
 
+    exit: int | None = Field(default=None, ge=1, description="the shallow network up to this block or stage, from 1")
     out: str = Field(default="map.png", description="picture file")
     method: Literal["auto", "umap", "pca"] = Field(
         default="auto", description="umap (extra: umap) or pca; auto: umap where it is installed"

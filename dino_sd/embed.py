@@ -6,10 +6,11 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dino_sd.data.evaluation import eval_batches
 from dino_sd.data.geometry import make_views
+from dino_sd.data.loader import in_workers
 from dino_sd.data.source import WHITE, Source
 from dino_sd.data.views import ViewGroup, ViewSpec
 from dino_sd.distributed import all_gather_rows, rank, world_size
@@ -163,11 +164,7 @@ def _dtype_of(backbone: Backbone | Pixels) -> torch.dtype:
 def _augmented_batches(
     source: Source, size: tuple[int, int], batch_size: int, workers: int, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    made = DataLoader(
-        _Augmented(source, size, batch_size, seed, epoch), batch_size=None, num_workers=workers,
-        generator=torch.Generator(),
-    )  # fmt: skip
-    for batch in made:
+    for batch in in_workers(_Augmented(source, size, batch_size, seed, epoch), workers):
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch

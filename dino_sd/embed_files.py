@@ -61,7 +61,7 @@ def embed_files(spec: str | Path | Model, data: str, settings: EmbedSettings) ->
     chunks = [range(start, min(start + every, len(source))) for start in range(0, len(source), every)]
     folder = out.with_name(f"{out.name}.parts")
     try:
-        together(lambda: _prepare_folder(folder, _signature(model, source, settings, size)))
+        together(lambda: _prepare_folder(folder, _signature(model, source, settings, size, device)))
         together(lambda: _compute(function, source, model, settings, size, device, folder, chunks))
         together(lambda: _join(folder, len(chunks), source, out, write))
     except (OSError, SafetensorError) as error:
@@ -74,6 +74,11 @@ def _layers(model: Model, settings: EmbedSettings) -> list[int]:
     depth = model.backbone.depth
     if settings.tokens == "register" and not (isinstance(model.backbone, Backbone) and model.backbone.registers):
         raise UserError(f"tokens=register: {model.description} has no register tokens; use pooled or patch")
+    if settings.tokens != "pooled" and (len(settings.layers) > 1 or "pool" in settings.model_fields_set):
+        raise UserError(
+            f"tokens={settings.tokens}: those of one block are written, as they are; give one of "
+            f"layers={settings.layers}, and no pool"
+        )
     for layer in settings.layers:
         if not -depth <= layer < depth:
             raise UserError(f"layers={layer}: the model has {depth} blocks, 0 to {depth - 1}, or -1 for the last")
@@ -94,14 +99,17 @@ def _of(model: Model, settings: EmbedSettings, layers: list[int]) -> Callable[[T
     return of
 
 
-def _signature(model: Model, source: Source, settings: EmbedSettings, size: tuple[int, int]) -> dict[str, Any]:
+def _signature(
+    model: Model, source: Source, settings: EmbedSettings, size: tuple[int, int], device: torch.device
+) -> dict[str, Any]:
     """What chunks depend on, and thus whether those that lie there can be used."""
     own = {key: value for key, value in plain(settings).items() if key not in _NO_NUMBER}
     files = short_hash(repr(dates_of(source.files())).encode())
     return {
         "settings": own, "weights": model.weights, "model": short_hash(repr(model.backbone).encode()),
         "data": source.fingerprint(), "files": files, "images": len(source), "size": list(size), "crop": model.crop,
-        "mean": list(model.mean), "std": list(model.std), "versions": [__version__, torch.__version__],
+        "mean": list(model.mean), "std": list(model.std), "device": device.type,
+        "versions": [__version__, torch.__version__],
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from dino_sd.evaluators.knn import knn
 from dino_sd.evaluators.linear import linear_probe
 from dino_sd.evaluators.logistic import logistic_regression
 from dino_sd.evaluators.ranks import ranks
-from dino_sd.evaluators.retrieval import retrieval
+from dino_sd.evaluators.retrieval import check, retrieval
 from dino_sd.features import Embedding, labelled_pair, number_of_classes, prepare
 from dino_sd.intervals import bootstrap, over_seeds, wilson
 from dino_sd.method import Network
@@ -190,6 +190,9 @@ def evaluate_retrieval(spec: Spec, settings: RetrievalSettings, json_only: bool 
     features = Embedding(model, device, settings, batch_size=settings.batch_size)
     bank_ND, bank_labels_N = features(bank, "bank")
     queries_ND, labels_N = (bank_ND, bank_labels_N) if alone else features(queries, "queries")
+    check(
+        "query", queries_ND, labels_N
+    )  # all of them on every rank: one that raised alone would leave the others waiting
     mine = slice(len(labels_N) * rank() // world_size(), len(labels_N) * (rank() + 1) // world_size())
     found = retrieval(
         queries_ND[mine], labels_N[mine], bank_ND.to(device), bank_labels_N, settings.k, mine.start if alone else None

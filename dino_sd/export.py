@@ -18,6 +18,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from dino_sd import __version__, card, exports
 from dino_sd.checkpoint import digest
@@ -57,7 +58,7 @@ def export(
     for option, wanted in (("dynamic_size", dynamic_size), ("preprocess", preprocess)):
         if wanted and not any(module.GRAPH for module in formats.values()):
             raise UserError(f"{option}=true is for formats that hold a graph (onnx, pt2), not {', '.join(formats)}")
-    out = Path(out)
+    out = Path(out).expanduser()
     if not is_main():
         return out
     check_replaceable(out)
@@ -67,16 +68,19 @@ def export(
         raise UserError(f"MODEL {spec}: raw pixels have no weights to export")
     for note in model.notes:
         say(f"{model.description}: {note}")
-    exported = frozen(model, exit, dynamic_size, preprocess)
+    exported = frozen(model, model.provenance.get("exit"), dynamic_size, preprocess)
     for module in formats.values():
         module.refuse(exported)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
     try:
-        differences, notes = fill(folder, exported, formats, out)
-        take_place(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+        try:
+            differences, notes = fill(folder, exported, formats, out)
+            take_place(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"out={out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     for note in notes:
         say(f"note: {note}")
     report(out, exported, formats, differences)

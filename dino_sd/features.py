@@ -1,6 +1,7 @@
 """A frozen model and the images it is judged on -> features: with progress, on every rank, once for all evaluators."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from dino_sd import __version__, feature_cache
 from dino_sd.config import LookSettings, SetSettings
 from dino_sd.data.cache import dates_of
 from dino_sd.data.loader import auto_workers
-from dino_sd.data.source import Source, open_source, short_hash
+from dino_sd.data.source import BadImage, Source, open_source, short_hash
 from dino_sd.distributed import any_rank, barrier, is_main, local_world_size, say
 from dino_sd.embed import Parts, embed
 from dino_sd.errors import UserError
@@ -51,6 +52,9 @@ def labelled_pair(model: Model, train_data: str, test_data: str | None) -> tuple
     for name, source in (("train", train), ("test", test)):
         if source.labels() is None:
             raise UserError(f"{name}={source.name} has no labels; evaluation needs them, e.g. one folder a class")
+    if test is not train and train.fingerprint() == test.fingerprint():
+        say("warning: train and test are the same images, which find themselves: this is no accuracy (k-NN leaves each "
+            "one out with test=null)")  # fmt: skip
     if train.classes != test.classes and train.classes is not None and test.classes is not None:
         if {*test.classes} <= {*train.classes}:  # the same, or some of them
             test.name_classes(train.classes)
@@ -160,6 +164,11 @@ def workers_of(settings: FrozenSettings | SetSettings, device: torch.device, sou
 
 
 def own_size(source: Source) -> tuple[int, int]:
-    """For raw pixels: the size of the images themselves where they are small."""
-    picture = source.picture(0)
+    """For raw pixels: the size of the images where they are small. Raises BadImage where none can be read."""
+    for index in range(len(source)):
+        with suppress(BadImage):
+            picture = source.picture(index)
+            break
+    else:
+        picture = source.picture(0)  # raises
     return (picture.height, picture.width) if max(picture.height, picture.width) <= OWN_SIZE_UP_TO else (32, 32)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from dino_sd.checkpoint import write_whole
@@ -26,7 +27,7 @@ from dino_sd.pictures import neighbour_sheet, prototype_sheet
 from dino_sd.progress import progress
 from dino_sd.prototypes import most_used
 from dino_sd.shapes import NO_LABEL
-from dino_sd.tiles import save
+from dino_sd.tiles import check, save
 
 
 def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Path | None:
@@ -34,9 +35,14 @@ def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Pat
 
     Similarity is the cosine of pooled features, as in k-NN. Raises UserError for images that there are not.
     """
+    check(out := Path(settings.out))
     device = setup(settings.device)
     model = prepare(spec, device, settings)
-    source, features_ND, indices_N = features_of(model, device, data, settings)
+    source = open_source(data, model.channels)
+    for index in settings.images or ():
+        if index >= len(source):
+            raise UserError(f"images={index}: not among 0 to {len(source) - 1}, in '{data}'; choose another")
+    features_ND, indices_N = features_of(model, device, source, settings)
     if not is_main():
         return None
     if len(indices_N) < 2:
@@ -46,19 +52,21 @@ def neighbours(spec: str | Path, data: str, settings: NeighboursSettings) -> Pat
     for index in wanted:
         if index not in place_of:
             reason = f"left out by limit={settings.limit}" if settings.limit else "cannot be read"
-            reason = reason if index < len(source) else f"not among 0 to {len(source) - 1}"
             raise UserError(f"images={index}: {reason}, in '{data}'; choose another")
     places_N = torch.tensor([place_of[index] for index in wanted])
     queries_ND = F.normalize(features_ND[places_N], dim=1)
     k = min(settings.k, len(indices_N) - 1)
-    similarity_NK, index_NK = nearest(features_ND, queries_ND, k + 1)
-    rows = []
-    for place, similarities, others in zip(places_N.tolist(), similarity_NK.tolist(), index_NK.tolist(), strict=True):
-        found = [(s, int(indices_N[other])) for s, other in zip(similarities, others, strict=True) if other != place]
-        rows.append([(source.image(index), similarity, source.label_name(index)) for similarity, index in found[:k]])
+    similarity_NK, index_NK = nearest(features_ND, queries_ND, k, own_N=places_N)
+    rows = [
+        [
+            (source.image(index), similarity, source.label_name(index))
+            for similarity, index in zip(similarities, indices_N[others_K].tolist(), strict=True)
+        ]
+        for similarities, others_K in zip(similarity_NK.tolist(), index_NK, strict=True)
+    ]
     names = [source.label_name(index) or source.path(index).rsplit("/", 1)[-1] for index in wanted]
     sheet = neighbour_sheet([source.image(index) for index in wanted], rows, names)
-    save(sheet, out := Path(settings.out))
+    save(sheet, out)
     return out
 
 
@@ -69,9 +77,11 @@ def map(spec: str | Path, data: str, settings: MapSettings) -> Path | None:
     """
     if settings.coordinates and not settings.coordinates.endswith((".csv", ".json")):
         raise UserError(f"coordinates={settings.coordinates}: expected a .csv or .json file")
+    check(out := Path(settings.out), Figure)
     device = setup(settings.device)
     model = prepare(spec, device, settings)
-    source, features_ND, indices_N = features_of(model, device, data, settings)
+    source = open_source(data, model.channels)
+    features_ND, indices_N = features_of(model, device, source, settings)
     if not is_main():
         return None
     places_N2, axes_are = coordinates(features_ND, settings.method, settings.seed)
@@ -81,7 +91,7 @@ def map(spec: str | Path, data: str, settings: MapSettings) -> Path | None:
         labels_N = torch.from_numpy(all_labels_N[indices_N.numpy()])
     pictures = [source.image(index) for index in indices] if draws_thumbnails(len(indices)) else []
     title = f"{len(indices):,} images of {data}, {model.description}"
-    save(map_figure(places_N2, axes_are, labels_N, source.classes, title, pictures), out := Path(settings.out))
+    save(map_figure(places_N2, axes_are, labels_N, source.classes, title, pictures), out)
     if settings.coordinates:
         places = zip(indices, places_N2.tolist(), strict=True)
         rows = [
@@ -97,6 +107,7 @@ def prototypes(spec: str | Path, data: str, settings: PrototypesSettings) -> Pat
 
     Raises UserError for models without a DINO head.
     """
+    check(out := Path(settings.out))
     device = setup(settings.device)
     model = prepare(spec, device, settings)
     projection = getattr(model, "projection", None)
@@ -105,7 +116,8 @@ def prototypes(spec: str | Path, data: str, settings: PrototypesSettings) -> Pat
             f"MODEL {model.description} has no prototypes: they are in the head of a run with the term dino; "
             f"name the run or a checkpoint of it (exports and timm's models have none)"
         )
-    source, features_ND, indices_N = features_of(model, device, data, settings)
+    source = open_source(data, model.channels)
+    features_ND, indices_N = features_of(model, device, source, settings)
     if not is_main():
         return None
     found = most_used(projection.to(device).eval(), features_ND, settings.count, settings.images)
@@ -122,25 +134,24 @@ def prototypes(spec: str | Path, data: str, settings: PrototypesSettings) -> Pat
                 for index, score in zip(indices, scores, strict=True)
             ]
         )
-    save(prototype_sheet(names, rows), out := Path(settings.out))
+    save(prototype_sheet(names, rows), out)
     say(f"{found.used:,} prototypes are used by {len(indices_N):,} images of {data}")
     return out
 
 
-def features_of(model: Model, device: torch.device, data: str, settings: SetSettings) -> tuple[Source, Tensor, Tensor]:
-    """(the whole source, features_ND on the CPU, indices_N of their images); some may be left out of it."""
-    source = open_source(data, model.channels)
+def features_of(model: Model, device: torch.device, source: Source, settings: SetSettings) -> tuple[Tensor, Tensor]:
+    """(features_ND on the CPU, indices_N of their images in the source); some may be left out."""
     chosen_N = evenly(len(source), settings.limit or len(source))
     numbered = copy.copy(source) if len(chosen_N) == len(source) else Chosen(source, chosen_N)
     numbered._labels = chosen_N  # what `embed` says of each image: some may be left out
-    with progress(f"features of {data}") as show:
+    with progress(f"features of {source.name}") as show:
         features_ND, indices_N = embed(
             model.backbone, numbered, size=model.size or own_size(source), crop=model.crop, mean=model.mean,
             std=model.std, device=device, batch_size=settings.batch_size,
             workers=workers_of(settings, device, source),
             precision=settings.precision, progress=show,
         )  # fmt: skip
-    return source, features_ND, indices_N
+    return features_ND, indices_N
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

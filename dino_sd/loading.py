@@ -13,7 +13,7 @@ from torch import nn
 
 from dino_sd import __version__, checkpoint
 from dino_sd.errors import UserError
-from dino_sd.models.backbone import Backbone
+from dino_sd.models.backbone import Backbone, pretrained_cfg
 from dino_sd.models.heads import Classifier, Exit, classifiers, exit_norms
 from dino_sd.models.layouts import projection_of
 from dino_sd.models.model import Model
@@ -105,9 +105,12 @@ def shallow(model: Model, exit: int) -> Model:
     elif norm is not None and heads:  # a ResNet has none
         heads["classifier"] = nn.Sequential(norm, heads["classifier"])
     description = f"{model.description}, up to block {exit}"
+    of_whole = ("scores", "evaluations")
+    provenance = {key: value for key, value in model.provenance.items() if key not in of_whole} | {"exit": exit}
     part = replace(
-        model, backbone=backbone, heads=heads, description=description, norms={}, projection=None, center=None
-    )
+        model, backbone=backbone, heads=heads, description=description, provenance=provenance, norms={},
+        projection=None, center=None,
+    )  # fmt: skip
     return _frozen(part, next(model.backbone.parameters()).device)
 
 
@@ -237,18 +240,26 @@ def _from_timm_folder(folder: Path, path: Path) -> Model:
     args = {key: value for key, value in args.items() if key not in ("in_chans", "num_classes")}
     made_for = _pair(args.pop("img_size", size))
     backbone = Backbone(name, size=made_for, channels=channels, model_args=args)
-    weights, heads, classes = read_weights(path), {}, config.get("label_names")
+    weights, heads, classes = read_weights(path), {}, _names(config.get("label_names"))
     prefix = f"{backbone.model.pretrained_cfg.get('classifier')}."
-    if classes and f"{prefix}weight" in weights:
+    weight_CD, bias_C = (weights.get(f"{prefix}{name}") for name in ("weight", "bias"))
+    if classes and weight_CD is not None and bias_C is not None and weight_CD.shape == (len(classes), backbone.width):
         heads["classifier"] = Classifier(backbone.width, len(classes))
-        own = {key: weights.pop(key) for key in list(weights) if key.startswith(prefix)}
-        heads["classifier"].load_state_dict({key.removeprefix(prefix): value for key, value in own.items()})
-    notes = load_into(backbone, weights, source=str(folder)) + _other_resizing(images)
+        heads["classifier"].load_state_dict({"weight": weight_CD, "bias": bias_C})
+        weights = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+    notes = load_into(backbone, weights, source=str(folder)) + _other_resizing(images)  # notes other classifiers
     if ours.get("position_resize") == "dino":
         backbone.resize_as_dino_()
     provenance = {"export": str(folder), **ours}
     description = f"{name}, {'export' if ours else 'folder'} {folder}"
     return Model(backbone, size, crop, mean, std, description, provenance, folder, notes, heads, classes)
+
+
+def _names(labels: Any) -> list[str] | None:
+    """Of a config's `label_names`: a list, or {number: name} as transformers has it; None where some are left out."""
+    if isinstance(labels, dict):
+        labels = [labels.get(str(number), labels.get(number)) for number in range(len(labels))]
+    return labels if isinstance(labels, list) and all(isinstance(name, str) for name in labels) else None
 
 
 def _other_resizing(images: dict[str, Any]) -> list[str]:
@@ -259,7 +270,7 @@ def _other_resizing(images: dict[str, Any]) -> list[str]:
 
 
 def _from_timm(name: str) -> Model:
-    images = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    images = pretrained_cfg(name)
     size = _pair(images.input_size[1:]) if images else (224, 224)  # an unknown name is refused by Backbone
     backbone = Backbone(name, size=size, pretrained=True)
     heads: dict[str, nn.Module] = {}

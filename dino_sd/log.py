@@ -6,8 +6,11 @@ import secrets
 import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from dino_sd.checkpoint import write_whole
 
 COLUMNS = (  # metric, its name on the progress line, format
     ("loss", "loss", ".4f"),
@@ -50,11 +53,12 @@ class Log:
     def _keep_until(self, step: int) -> None:
         if not self.path.exists():
             return
-        lines = self.path.read_text().splitlines() if step else []  # a run that starts anew has said nothing yet
+        # A run that starts anew has said nothing yet.
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if step else []
         kept = [line for line in lines if _step_of(line, step + 1) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        if damaged := sum(_step_of(line, -1) < 0 for line in lines[:-1]):  # a crash cuts short the last one alone
+            print(f"warning: {damaged} damaged line(s) of {self.path} are left out", file=sys.stderr, flush=True)
+        write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def _start_wandb(self, run: Path, mode: str, config: dict[str, Any]) -> None:
         try:
@@ -95,6 +99,12 @@ class Log:
             except Exception as error:
                 self._without_wandb(error)
 
+    def sync(self) -> None:
+        """What is written stays, also after a power cut: a checkpoint is never ahead of its lines."""
+        if self.active:
+            with suppress(OSError):
+                os.fsync(self.file.fileno())
+
     def progress(self, step: int) -> None:
         """One line on stderr, over itself on a terminal."""
         if not self.active:
@@ -116,7 +126,8 @@ class Log:
             return
         if sys.stderr.isatty():
             print(file=sys.stderr)
-        self.file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self.file.close()
         if self.wandb is not None:
             try:
                 self.wandb.finish()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dino_sd import __version__
 from dino_sd.errors import UserError
-from dino_sd.models.backbone import Backbone
+from dino_sd.models.backbone import Backbone, pretrained_cfg
 from dino_sd.models.layouts import PUBLISHED_CROP, Layout, layout_of, projection_of, to_timm_names
 from dino_sd.models.model import Model
 from dino_sd.models.weights import load_into, network_of, strip_prefixes
@@ -88,7 +88,7 @@ def _layout(state: dict[str, Tensor], arguments: dict[str, Any], path: Path, arc
     tag = architecture.partition(".")[2]
     if seen is not None and not classifies and tag in ("", *OWN_TAGS):
         return seen._replace(architecture=architecture, model_args={})
-    images = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
+    images = pretrained_cfg(architecture)
     own = (images.input_size[1], images.input_size[2]) if images else (224, 224)  # Backbone refuses unknown names
     made_for = seen.made_for if seen is not None and seen.kind in ("DINO", "DINOv2") else own
     return Layout(architecture, architecture, {}, seen.channels if seen else 3, made_for, made_for, "timm")
@@ -100,8 +100,7 @@ def _images(layout: Layout) -> tuple[str, float, list[float], list[float]]:
         return "0.5", PUBLISHED_CROP, [0.5] * layout.channels, [0.5] * layout.channels
     if layout.kind in KINDS:
         return "ImageNet's", PUBLISHED_CROP, list(MEAN), list(STD)
-    cfg = timm.get_pretrained_cfg(layout.architecture)
-    assert cfg is not None
+    cfg = pretrained_cfg(layout.architecture)
     return "timm's for this name", cfg.crop_pct or PUBLISHED_CROP, list(cfg.mean), list(cfg.std)
 
 

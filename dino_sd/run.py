@@ -23,7 +23,7 @@ from dino_sd.config import Config
 from dino_sd.data.loader import Batch
 from dino_sd.data.source import Bad, Source, short_hash
 from dino_sd.data.statistics import statistics
-from dino_sd.distributed import barrier, gather_objects, is_main, rank, say, world_size
+from dino_sd.distributed import gather_objects, is_main, rank, say, together, world_size
 from dino_sd.errors import Diverged, Halted, UserError
 from dino_sd.method import SelfDistillation
 from dino_sd.settings import differences, plain
@@ -86,7 +86,12 @@ def claim(run: Path, cfg: Config) -> AbstractContextManager:
 
     Raises UserError where the folder cannot be written, or is another's.
     """
-    if is_main():
+    lock: AbstractContextManager = nullcontext()
+
+    def write() -> None:
+        nonlocal lock
+        if not is_main():
+            return
         try:
             run.mkdir(parents=True, exist_ok=True)
             lock = locked(run)
@@ -94,9 +99,8 @@ def claim(run: Path, cfg: Config) -> AbstractContextManager:
             write_whole(run / "environment.json", json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"out={run} cannot be written ({error.strerror}); choose another folder") from None
-    else:
-        lock = nullcontext()
-    barrier()
+
+    together(write)
     return lock
 
 
@@ -108,7 +112,8 @@ def locked(run: Path) -> AbstractContextManager:
 
     file = open(run / ".lock", "a+")  # noqa: SIM115 (open for the whole run)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # of this process alone: loader workers that outlive it for a while hold nothing
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):  # a file system without locks
             return file
@@ -153,10 +158,10 @@ def introduce(cfg: Config, device: torch.device, method: SelfDistillation, data:
 
 
 def sum_of_weights(method: SelfDistillation) -> str:
-    """A hash of all parameters, by the norm and the sum of each."""
-    parameters = [p.detach() for p in method.parameters()]
-    sums = torch.stack([*torch._foreach_norm(parameters), *(p.sum() for p in parameters)]).double().cpu()
-    return short_hash(sums.numpy().tobytes())
+    """A hash of all parameters, by the sum of each one's bits: exact, in whatever order a device adds."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    bits = (p.detach().view(whole[p.element_size()]) for p in method.parameters())
+    return short_hash(torch.stack([each.sum(dtype=torch.int64) for each in bits]).cpu().numpy().tobytes())
 
 
 def check_equal_weights(method: SelfDistillation, step: int) -> None:
@@ -198,7 +203,10 @@ class Anomalies:
         if not is_main():
             return
         line = {"step": step, "gradient_norm": str(gradient_norm), "found": everyone}
-        where = ", ".join(sorted({f"rank {each['rank']}: {', '.join(each['terms'])}" for each in everyone}))
+        bad = [
+            (each["rank"], [n for n, v in each["terms"].items() if not math.isfinite(float(v))]) for each in everyone
+        ]
+        where = ", ".join(sorted({f"rank {number}: {', '.join(names)}" for number, names in bad}))
         say(f"warning: step {step} is skipped: numbers that are not finite in {where or 'the gradient'}; {self.path}")
         try:
             with open(self.path, "a") as file:
@@ -211,8 +219,9 @@ class Anomalies:
         what = f"{self.in_a_row} steps in a row had numbers that are not finite ({self.path})"
         if slowed < 1:
             raise Halted(
-                f"{what}, also with half the learning rate; the newest checkpoint is sound: go on from it with a lower "
-                f"optim.lr, a longer optim.warmup or precision=fp32"
+                f"{what}, also with half the learning rate; the newest checkpoint is sound: start another run from its "
+                f"backbone, with init={self.path.parent}, another out and a lower optim.lr, a longer optim.warmup or "
+                f"precision=fp32"
             )
         raise Diverged(what)
 
@@ -220,20 +229,24 @@ class Anomalies:
 class BadFiles:
     """The images of a run that could not be read: a line each in `bad_files.jsonl`, over all ranks and restarts.
 
-    images: in the set. most: share of them that may be bad.
+    images: in the set. most: share of them that may be bad. until: how many were known when the run was saved that goes
+    on; later ones will be met again. None: all that the file holds.
     """
 
-    def __init__(self, run: Path, images: int, most: float):
+    def __init__(self, run: Path, images: int, most: float, until: int | None = None):
         self.path, self.images, self.most = run / "bad_files.jsonl", images, most
         self.known: dict[str, str] = {}
         self.new: dict[str, Bad] = {}
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        kept = []
         for line in lines:
             with suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short is met again
                 entry = json.loads(line)
-                self.known[entry["path"]] = entry["reason"]
-        if len(self.known) < len(lines) and is_main():  # what is appended would stand on the line that was cut
-            self.path.write_text("".join(line + "\n" for line in lines if line.endswith("}")))
+                if until is None or len(self.known) < until:
+                    self.known[entry["path"]] = entry["reason"]
+                    kept.append(line)
+        if len(kept) < len(lines) and is_main():
+            write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, as they come, their bad images noted."""
@@ -249,14 +262,19 @@ class BadFiles:
 
         Every rank calls it at the same step. Raises UserError on all of them where it is too many.
         """
+        lines = []
         for index, where, reason in gather_objects(list(self.new.values())):
             if where in self.known:
                 continue
             self.known[where] = reason
-            if is_main():
-                with open(self.path, "a") as file:
-                    file.write(json.dumps({"index": index, "path": where, "reason": reason}) + "\n")
+            lines.append(json.dumps({"index": index, "path": where, "reason": reason}) + "\n")
         self.new = {}
+        if lines and is_main():
+            try:
+                with open(self.path, "a") as file:
+                    file.write("".join(lines))
+            except OSError as error:
+                say(f"warning: {self.path} cannot be written ({error.strerror})")
         if len(self.known) > self.most * self.images:
             where, reason = next(iter(self.known.items()))
             raise UserError(

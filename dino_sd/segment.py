@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dino_sd.data.masks import MaskedImages, masked_batches
-from dino_sd.data.source import short_hash
 from dino_sd.distributed import all_gather_rows, rank, setup, world_size
 from dino_sd.embed import extractor
 from dino_sd.errors import UserError
@@ -31,7 +30,9 @@ from dino_sd.models.model import Model
 from dino_sd.progress import progress
 from dino_sd.settings import size_pair
 from dino_sd.softmax import logits
-from dino_sd.tables import INTERVAL, deliver, describe, percent
+from dino_sd.tables import INTERVAL, about, deliver, describe, percent
+
+MOST_CLASSES = 4096  # more are a number that stands for none
 
 
 def evaluate_segmentation(
@@ -45,9 +46,19 @@ def evaluate_segmentation(
     size = size_pair(settings.size) if settings.size else model.size or own_size(train.images)
     patches = Patches(model, device, settings, size)
     classes = 1 + max(patches.largest_class(part) for part in (train, test))
-    train_MD, shares_MC = patches.sample(train, classes)
+    if classes < 2:
+        raise UserError(
+            f"segmentation: beside ignore={settings.ignore} the masks hold the class 0 alone, or nothing; if "
+            f"{settings.ignore} is a class, set ignore to a number that none is"
+        )
+    if classes > MOST_CLASSES:
+        raise UserError(
+            f"segmentation: the masks hold class {classes - 1:,}; expected 0 to {MOST_CLASSES - 1:,}; if it stands for "
+            f"none, set ignore={classes - 1}"
+        )
+    train_MD, shares_MC, learned_from = patches.sample(train, classes)
     if not len(train_MD):
-        raise UserError(f"train={settings.train}: every pixel of its masks is ignored ({settings.ignore})")
+        raise UserError(f"train={settings.train}: no mask can be read, or every pixel is ignored ({settings.ignore})")
     weight_CE, l2 = fit_linear(train_MD, shares_MC, settings.l2, settings.seed)
     k = min(settings.k, len(train_MD))
     train_MD, shares_MC, weight_CE = train_MD.to(device), shares_MC.to(device), weight_CE.float().to(device)
@@ -65,15 +76,14 @@ def evaluate_segmentation(
                 counts[name].append(pixel_counts(said_NPC, patches.grid, masks_NHW, settings.ignore))
             done += len(masks_NHW)
             step(done, len(test) // world_size())
-    results, per_class = [], {}
+    results, per_class, judged_on = [], {}, 0
     for name, parts in counts.items():
         ours_N3C = torch.cat(parts) if parts else torch.empty(0, 3, classes, dtype=torch.int64)
         counts_N3C = all_gather_rows(ours_N3C.to(device if device.type == "cuda" else "cpu")).cpu().numpy()
         row, per_class[name] = row_of(counts_N3C, test.name)
+        judged_on = len(counts_N3C)
         results.append({"method": name} | ({"k": k} if name == "knn" else {"l2": l2}) | row)
-    judged, learned = (
-        {"data": part.name, "images": len(part), "fingerprint": fingerprint(part)} for part in (test, train)
-    )
+    judged, learned = about(test, judged_on), about(train, learned_from)
     report = describe(
         "segmentation", model, size, settings, results, began, judged=judged, learned=learned, classes=classes
     )
@@ -93,10 +103,6 @@ def row_of(counts_N3C: np.ndarray, name: str) -> tuple[dict[str, Any], list[floa
         "pixel_accuracy" + INTERVAL: percent(bootstrap(flat_NX, pixel_accuracy_of)),
     }  # fmt: skip
     return row, [None if math.isnan(iou) else iou for iou in scores.iou_C.tolist()]
-
-
-def fingerprint(source: MaskedImages) -> str:
-    return short_hash(source.images.fingerprint().encode(), "\n".join(source.masks).encode())
 
 
 class Patches:
@@ -132,8 +138,8 @@ class Patches:
     def _place(self) -> torch.device:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
-    def sample(self, source: MaskedImages, classes: int) -> tuple[Tensor, Tensor]:
-        """(features_MD, shares_MC) of patches from all images alike, `settings.patches` at most, on every rank's CPU.
+    def sample(self, source: MaskedImages, classes: int) -> tuple[Tensor, Tensor, int]:
+        """(features_MD, shares_MC, images) of patches from all images alike, `settings.patches` at most, on all CPUs.
 
         Which ones is a function of the seed and of the image. Patches whose pixels are all ignored are none.
         """
@@ -154,7 +160,8 @@ class Patches:
         rows.append(torch.cat(shares) if shares else torch.empty(0, classes))
         features_MD, shares_MC = (all_gather_rows(part.to(self._place)).cpu() for part in rows)
         most = self.settings.patches  # fewer than one an image
-        return features_MD[:most], shares_MC[:most]
+        seen = all_gather_rows(torch.tensor([len(features)], device=self._place)).sum()
+        return features_MD[:most], shares_MC[:most], int(seen)
 
 
 def grid_of(patches: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from dino_sd.models.model import Model
 from dino_sd.recipe import recipes
 from dino_sd.segment import evaluate_segmentation
 from dino_sd.settings import check_keys, parse, plain, read_yaml
-from dino_sd.tables import INTERVAL, NOT_SETTINGS, console_for, heading, is_score, write_json, write_text
+from dino_sd.tables import INTERVAL, NOT_SETTINGS, as_json, console_for, heading, is_score, write_json, write_text
 
 # {name in a suite's file: its function}; the class of its settings has the same name in evaluator_config.py
 EVALUATORS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -164,4 +164,4 @@ def hand_out(report: dict[str, Any], model: Model, out: str | None, json_only: b
         write_text(stem.with_name(stem.name + ".md"), markdown(report))
         console.print(f"written to {stem}.md and {stem.name}.json", soft_wrap=True)
     if json_only:
-        print(json.dumps(report), flush=True)
+        print(as_json(report), flush=True)

@@ -1,6 +1,7 @@
 """What an evaluator found, for people and for programs: a table, a JSON file, and one object on stdout."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def deliver(report: dict[str, Any], model: Model, out: str | None, json_only: bo
         write_json(path, report)
         console.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
     if json_only:
-        print(json.dumps(report), flush=True)
+        print(as_json(report), flush=True)
 
 
 def console_for(json_only: bool) -> Console:
@@ -148,11 +149,25 @@ def cell(row: dict[str, Any], key: str) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Raises UserError where it cannot be written."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, as_json(content, indent=2) + "\n")
+
+
+def as_json(content: Any, indent: int | None = None) -> str:
+    """JSON knows no NaN and no infinity: these are null."""
+
+    def sound(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: sound(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [sound(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(sound(content), indent=indent, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
     """All or nothing. Raises UserError where it cannot be written."""
+    path = path.expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

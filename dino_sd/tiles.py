@@ -105,6 +105,13 @@ def font(bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), 12)
 
 
+def check(out: Path, kind: type = Image.Image) -> None:
+    """Raises UserError, before any work is done, where `save` knows no such kind of file."""
+    known = Image.registered_extensions() if kind is Image.Image else Figure().canvas.get_supported_filetypes()
+    if out.suffix.lower().lstrip(".") not in {name.lstrip(".") for name in known}:
+        raise UserError(f"out={out}: expected the name of a picture, such as {out.stem or 'picture'}.png")
+
+
 def save(picture: Figure | Image.Image, out: Path) -> None:
     """Raises UserError where it cannot be written, or is of no kind of picture."""
     try:

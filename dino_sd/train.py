@@ -30,6 +30,7 @@ from dino_sd.distributed import (
     rank,
     say,
     setup,
+    together,
     world_size,
 )
 from dino_sd.errors import Diverged, Interrupted
@@ -49,14 +50,16 @@ def train(cfg: Config) -> Path:
     Raises Interrupted where it was asked to stop, Halted where a guard has stopped it.
     """
     device = setup(cfg.device, cfg.timeout)
-    try:
-        return _train(cfg, device)
-    except Diverged as error:
-        say(f"warning: {error}; going back to the newest checkpoint, with half the learning rate")
-    return _train(cfg, device, 0.5)  # out here: the exception holds on to all that the first one made
+    with Requests(Path(cfg.out)) as requests:
+        requests.forget()
+        try:
+            return _train(cfg, device, requests)
+        except Diverged as error:
+            say(f"warning: {error}; going back to the newest checkpoint, with half the learning rate")
+        return _train(cfg, device, requests, 0.5)  # out here: the exception holds on to all that the first one made
 
 
-def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
+def _train(cfg: Config, device: torch.device, requests: Requests, slowed: float = 1.0) -> Path:
     """slowed: factor of the learning rate from here on; below 1 in a run that has diverged once."""
     torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")  # high: TF32 on CUDA
     torch.backends.cudnn.allow_tf32 = cfg.precision == "bf16"
@@ -101,6 +104,8 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
         if resumed["ranks"] != world_size():
             say(f"{resumed['ranks']} rank(s) until then, {world_size()} from now on: the batch of a step stays "
                 f"{cfg.batch_size} images, {cfg.batch_size // world_size()} on each rank")  # fmt: skip
+    owes = bool(resumed and resumed.get("owes"))  # what was due when it had to stop
+    resumed_bad = resumed.get("bad_files") if resumed else 0
     resumed = None  # a second copy of everything would otherwise live as long as the run
 
     introduce(cfg, device, method, data)  # before DDP makes all weights rank 0's
@@ -130,15 +135,13 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
     evaluate = Validation(cfg, method, device, data)
     # Everything that can be wrong with the settings has been found by now.
     lock = claim(run, cfg)
-    requests = Requests(run)
-    requests.forget()
     due = Due(cfg, length)
     saver = checkpoint.Saver(
-        run, cfg.checkpoint.keep, due.milestone, cfg.checkpoint.best, cfg.checkpoint.on_error == "stop"
+        run, cfg.checkpoint.keep, due.milestone, cfg.checkpoint.best, cfg.checkpoint.on_error == "stop", start
     )
     anomalies = Anomalies(run, source, **skipped)
     norms = BatchNorms(method)
-    bad_files = BadFiles(run, len(source), cfg.data.most_bad)
+    bad_files = BadFiles(run, len(source), cfg.data.most_bad, resumed_bad)
     bad_files.add((*source.bad, *bad))
     bad_files.share()
     views = on_device(bad_files.of(batches), photometry, mix, device, dtype)
@@ -147,14 +150,49 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
     )  # fmt: skip
     saved = checkpoint.path_of(run, start)
     reports = Reports(cfg, length, source, data, start)
-    if due.evaluate(0) and start == 0:
-        scores = evaluate(method)
-        log.write(0, scores)
-    if reports.due(0) and start == 0:
-        reports(0, method)
+
+    def judge(done: int) -> None:
+        """Evaluates and draws where that is due."""
+        nonlocal scores
+        if due.evaluate(done):
+            scores = evaluate(method)
+            log.write(done, scores)
+            if done:
+                log.progress(done)
+            window.restart_clock()
+        if reports.due(done):
+            reports(done, method)
+            window.restart_clock()
+
+    def save(done: int, owes: bool = False) -> None:
+        """owes: what is due at this step is put off until the run goes on."""
+        nonlocal saved
+        saved = checkpoint.path_of(run, done)
+        unreadable = bad_files.share()
+        sums, watched = window.of_ranks(), health.state_dict()
+        log.sync()
+
+        def write() -> None:
+            if not is_main():
+                return
+            state = {
+                "step": done, "steps": length.steps, "config": plain(cfg), "data": data, "result": method.result,
+                "student": method.student.state_dict(), "teacher": method.teacher.state_dict(),
+                "terms": method.terms.state_dict(), "optimizer": optimizer.state_dict(), "window": sums,
+                "window_steps": window.steps, "scores": scores, "ranks": world_size(), "slowed": slowed,
+                "skipped": anomalies.state(), "health": watched, "bad_files": unreadable, "owes": owes,
+            }  # fmt: skip
+            saver.save(saved, state, log.latest)
+
+        together(write)
 
     done = start
-    with lock, requests, reports:
+    with lock, reports:
+        if start == 0 or owes:
+            judge(start)
+        if owes and due.checkpoint(start):
+            save(start)  # with the scores that it would have had
+        requests.started = True
         for step in range(start, length.steps):
             t = step / length.steps
             set_rates(optimizer, slowed * learning_rate(t), weight_decay(t))
@@ -183,7 +221,7 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                 method.skip_step()
                 norms.restore_()
                 if anomalies.in_a_row >= cfg.most_skipped:
-                    saver.wait()
+                    together(saver.wait)  # all ranks go back to the same one
                     anomalies.give_up(slowed)
             else:
                 anomalies.in_a_row = 0
@@ -217,32 +255,16 @@ def _train(cfg: Config, device: torch.device, slowed: float = 1.0) -> Path:
                 log.write(done, judged)
             if judged:
                 if health.verdict.collapsed:
-                    saver.wait()  # it may be what ends the run: what became of the last save is said before
+                    together(saver.wait)  # it may be what ends the run: what became of the last save is said before
                 health.act()
-            if due.evaluate(done) or (final and due.evaluates):
-                scores = evaluate(method)
-                log.write(done, scores)
-                log.progress(done)
-                window.restart_clock()
-            if reports.due(done):
-                reports(done, method)
-                window.restart_clock()
+            stopping = asked and not final  # an evaluation may take longer than there is time
+            if not stopping:
+                judge(done)
             if due.checkpoint(done) or final or asked:
-                saved = checkpoint.path_of(run, done)
-                sums, watched = window.of_ranks(), health.state_dict()
-                if is_main():
-                    state = {
-                        "step": done, "steps": length.steps, "config": plain(cfg), "data": data,
-                        "result": method.result, "student": method.student.state_dict(),
-                        "teacher": method.teacher.state_dict(), "terms": method.terms.state_dict(),
-                        "optimizer": optimizer.state_dict(), "window": sums, "window_steps": window.steps,
-                        "scores": scores, "ranks": world_size(), "slowed": slowed, "skipped": anomalies.state(),
-                        "health": watched,
-                    }  # fmt: skip
-                    saver.save(saved, state, log.latest)
-            if asked and not final:
+                save(done, owes=stopping and (due.evaluate(done) or reports.due(done)))
+            if stopping:
                 break
-        saver.wait(last=True)
+        together(lambda: saver.wait(last=True))
         log.close()
         if bad_files.known:
             say(f"{len(bad_files.known)} image(s) could not be read, others stood in: {bad_files.path}")
@@ -332,14 +354,14 @@ class Due:
     """When to save and when to evaluate, in steps."""
 
     def __init__(self, cfg: Config, length: build.Length):
-        self.evaluates = cfg.evaluate.every is not None
+        self.steps, self.evaluates = length.steps, cfg.evaluate.every is not None
         self.evaluate_every = max(length.of(cfg.evaluate.every), 1) if cfg.evaluate.every is not None else 0
         self.checkpoint_every = max(length.of(cfg.checkpoint.every), 1)
         milestone = cfg.checkpoint.milestone
         self.milestone = max(length.of(milestone), 1) if milestone is not None else None
 
     def evaluate(self, done: int) -> bool:
-        return self.evaluates and done % self.evaluate_every == 0
+        return self.evaluates and (done % self.evaluate_every == 0 or done == self.steps)
 
     def checkpoint(self, done: int) -> bool:
         return done % self.checkpoint_every == 0 or bool(self.milestone and done % self.milestone == 0)

@@ -52,8 +52,7 @@ def open_clip(path: Path) -> Clip:
     if path.suffix.lower() not in VIDEO_EXTENSIONS:
         image = Image.open(path)
         shown_ms = float(image.info.get("duration") or 1000 / FPS)
-        frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
-        return Clip(frames, getattr(image, "n_frames", 1), 1000 / shown_ms)
+        return Clip(_frames(image, path), getattr(image, "n_frames", 1), 1000 / shown_ms)
     av = _pyav(f"{path} is a video file: reading it", "animated GIFs and folders of frames work without")
     try:
         container = av.open(str(path))
@@ -65,6 +64,7 @@ def open_clip(path: Path) -> Clip:
 
 def write_clip(frames: Iterable[Image.Image], path: Path, fps: float) -> None:
     """Writes a .gif or an .mp4 (H.264), frame by frame. Raises UserError where that fails or PyAV is missing."""
+    path = path.expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".mp4":
@@ -92,6 +92,14 @@ def _pyav(what: str, otherwise: str) -> Any:
     except ImportError:
         raise UserError(f"{what} needs PyAV: {_EXTRA}; {otherwise}") from None
     return av
+
+
+def _frames(image: Image.Image, path: Path) -> Iterator[Image.Image]:
+    try:
+        for frame in ImageSequence.Iterator(image):
+            yield frame.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read to its end ({_reason(error)})") from None
 
 
 def _decoded(av: Any, container: Any, path: Path) -> Iterator[Image.Image]:

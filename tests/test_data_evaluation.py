@@ -44,7 +44,7 @@ def test_mean_and_std(tmp_path):
 def test_evaluation_crop_equals_torchvisions(size):
     image = torch.from_numpy(np.array(picture(size=size))).permute(2, 0, 1)
     for target, crop in ((224, 0.875), (32, 1.0), (28, 0.9)):
-        resize = v2.Resize(round(target / crop), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        resize = v2.Resize(int(target / crop), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         expected = v2.CenterCrop(target)(resize(image))
         assert torch.equal(resize_crop(image, (target, target), crop), expected)
     assert resize_crop(image, (16, 48), 0.8).shape == (3, 16, 48)

@@ -341,6 +341,20 @@ def test_a_wrong_line_is_found(workspace: Workspace, wrong: str, said: str):
         try_block(workspace, Block(DOCS / "README.md", 1, "bash", "check", wrong))
 
 
+@pytest.mark.parametrize("workspace", [DOCS / "README.md"], indirect=True, ids=name_of_page)
+def test_commands_of_recipes(workspace: Workspace):
+    """Every recipe says the command that it is for."""
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        lines = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")]
+        commands = [line for line in lines if line.startswith(("dino-sd ", *(f"{each} " for each in LAUNCHERS)))]
+        assert commands, path
+        for command in commands:
+            try:
+                try_block(workspace, Block(path, 1, "bash", "check", command))
+            except BaseException as error:
+                raise AssertionError(f"{path.name}: {command}: {error}") from error
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of_page)
 def test_every_block_is_run_or_checked_or_says_why_not(page: Path):
     for block in blocks(page):

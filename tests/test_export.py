@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from conftest import TINY as TINY_RUN
 from conftest import command, tiny_pairs
+from PIL import Image
 
 import dino_sd.export
 from dino_sd import checkpoint, recipe
@@ -243,10 +245,10 @@ def test_card_says_what_is_known(tmp_path, unverified, capsys):
         "evaluator": "knn", "results": [{"k": 20, "top1": 81.25}], "settings": {"k": [20], "exit": None},
         "train": {"data": "voters", "images": 70, "fingerprint": "f1"},
         "test": {"data": "judged", "images": 30, "fingerprint": "f2"},
-        "provenance": {"network": "teacher", "step": 7},
+        "weights": load_model(run).weights,
     }  # fmt: skip
     (run / "evaluations" / "knn.json").write_text(json.dumps(report))
-    stale = {**report, "evaluator": "linear", "provenance": {"network": "teacher", "step": 6}}
+    stale = {**report, "evaluator": "linear", "weights": load_model(run, exit=1).weights}
     (run / "evaluations" / "linear.json").write_text(json.dumps(stale))
     (run / "evaluations" / "broken.json").write_text("{")
     out = export(run, tmp_path / "out")
@@ -262,6 +264,41 @@ def test_card_says_what_is_known(tmp_path, unverified, capsys):
     after = json.loads((again / "config.json").read_text())["dino_sd"]
     assert after["evaluations"] == known["evaluations"] and list(after["formats"]) == ["safetensors"]
     assert (after["step"], after["trained_by"], after["data"]) == (7, known["trained_by"], known["data"])
+
+
+def test_a_part_has_its_own_scores(tmp_path, unverified):
+    """A model that was cut when it was loaded is what it is: its own evaluations, none of the whole's scores."""
+    run = run_folder(tmp_path / "run")
+    part = load_model(run, exit=1)
+    assert part.provenance["exit"] == 1 and not {"scores", "evaluations"} & part.provenance.keys()
+    (run / "evaluations").mkdir()
+    for name, model in (("whole", load_model(run)), ("part", part)):
+        report = {"evaluator": name, "results": [{"top1": 50.0}], "weights": model.weights}
+        (run / "evaluations" / f"{name}.json").write_text(json.dumps(report))
+    for name, spec, options in (("whole", run, {}), ("part", part, {}), ("part", run, {"exit": 1})):
+        out = export(spec, tmp_path / "out", **options)
+        known = json.loads((out / "config.json").read_text())["dino_sd"]
+        assert list(known["evaluations"]) == [name] and known.get("exit") == {"whole": None, "part": 1}[name]
+        assert ("first 1 blocks" in (out / "README.md").read_text()) == (name == "part")
+
+
+@pytest.mark.parametrize("where", ["file/out", "file"])
+def test_places_that_cannot_be_written(tmp_path, where: str, unverified):
+    (tmp_path / "file").write_text("here already")
+    with pytest.raises(UserError, match="out=.*(cannot be written|no export)"):
+        export(run_folder(tmp_path / "run"), tmp_path / where)
+
+
+@pytest.mark.parametrize("side", [28, 96, 100])
+def test_timm_cuts_as_evaluation_does(tmp_path, side: int):
+    """The transform that an export hands out sees the very part of an image that was judged."""
+    from dino_sd.data.evaluation import resize_crop
+
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (211, 317, 3), dtype=np.uint8)
+    transform = timm.data.create_transform((3, side, side), crop_pct=0.875, interpolation="bicubic", mean=0.0, std=1.0)
+    theirs_CHW = transform(Image.fromarray(pixels_HWC)) * 255
+    ours_CHW = resize_crop(torch.from_numpy(pixels_HWC).movedim(2, 0), (side, side), 0.875)
+    assert (theirs_CHW - ours_CHW).abs().max() <= 1.01, "another part, or more than the last bit of a byte"
 
 
 def test_difference_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):

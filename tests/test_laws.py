@@ -19,7 +19,7 @@ from dino_sd.train import train
 FLOORS = {
     "errors": -4, "": -4, "settings": -3, "shapes": -3, "distributed": -3, "progress": -2, "data": -1,
     "config": 0, "evaluator_config": 0, "schedule": 0, "losses": 0, "models": 0,
-    "term": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 1, "speed": 1, "published": 1,
+    "term": 1, "optim": 1, "checkpoint": 1, "health": 1, "preemption": 1, "log": 2, "speed": 1, "published": 1,
     "allocator": 1, "nearest": 1, "graph": 1, "subsets": 1, "intervals": 1, "softmax": 1,
     "method": 2, "terms": 2, "recipe": 2, "evaluators": 2, "embed": 2, "loading": 2, "feature_cache": 2, "exported": 2,
     "tiles": 2, "seen": 2, "components": 2, "prototypes": 2, "video": 2,

@@ -484,7 +484,7 @@ def test_prototypes_need_a_head(vit: Path, tmp_path: Path, monkeypatch, capsys):
         ("attention", ["VIT", "IMAGES", "out=FAKE"], ["out=", "cannot be written"]),
         ("pca", ["VIT", "IMAGES", "size=3"], ["size=3", "7 pixels"]),
         ("neighbours", ["VIT", MINI, "images=[99999]"], ["images=99999", "not among 0 to"]),
-        ("map", ["VIT", MINI, "out=map.nothing", "limit=5"], ["map.nothing", "cannot be written"]),
+        ("map", ["VIT", MINI, "out=map.nothing", "limit=5"], ["map.nothing", "such as map.png"]),
     ],
 )
 def test_bad_input(vit: Path, images: Path, tmp_path: Path, monkeypatch, capsys, command, changes, words):

@@ -1,6 +1,7 @@
 """Evaluators from the command line: files, tables, features that are kept, masks, several ranks."""
 
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -33,6 +34,7 @@ from dino_sd.loading import load_model
 from dino_sd.segment import evaluate_segmentation
 from dino_sd.settings import parse
 from dino_sd.suite import evaluate_suite
+from dino_sd.tables import write_json
 from dino_sd.train import train
 
 
@@ -325,6 +327,26 @@ def masked(root: Path, count: int, seed: int) -> str:
     return str(root)
 
 
+def binary_masks(root: Path) -> dict[str, str]:
+    """Of 0 and 2, one image."""
+    for part, pixels in (("images", np.zeros((42, 42), np.uint8)), ("masks", np.eye(42, dtype=np.uint8) * 2)):
+        (root / part).mkdir(parents=True)
+        Image.fromarray(pixels).save(root / part / "0.png")
+    return {"train": str(root), "test": str(root)}
+
+
+def test_json_has_no_nan(tmp_path: Path):
+    write_json(tmp_path / "x.json", {"a": [1.0, math.nan, {"b": -math.inf}], "c": (True, None, "NaN", 2)})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.0, None, {"b": None}], "c": [True, None, "NaN", 2]}
+
+
+def test_the_training_set_as_test_set_is_said(run: Path, images: dict[str, str], capsys):
+    evaluate_knn(run, quick(KnnSettings, images | {"test": images["train"]}, k=1))
+    assert "train and test are the same images" in capsys.readouterr().err
+    evaluate_knn(run, quick(KnnSettings, images, k=1))
+    assert "same images" not in capsys.readouterr().err
+
+
 def test_segmentation_of_squares(tmp_path: Path, run: Path, capsys: pytest.CaptureFixture):
     data = {"train": masked(tmp_path / "train", 12, 0), "test": masked(tmp_path / "test", 6, 1)}
     settings = quick(SegmentationSettings, data, size=[6, 6], batch_size=4)
@@ -338,9 +360,17 @@ def test_segmentation_of_squares(tmp_path: Path, run: Path, capsys: pytest.Captu
     assert vit["grid"] == (6, 6) and vit["train_patches"] <= 40 and all(row["miou"] > 0 for row in vit["results"])
     again = evaluate_segmentation(run, quick(SegmentationSettings, data, size=42, patches=40, batch_size=5))
     assert [row["miou"] for row in again["results"]] == pytest.approx([row["miou"] for row in vit["results"]], abs=0.1)
+    with pytest.raises(UserError, match="ignore=2 .*if 2 is a class"):
+        binary = quick(SegmentationSettings, binary_masks(tmp_path / "binary"), size=[6, 6], ignore=2)
+        evaluate_segmentation("pixels", binary)
+    with pytest.raises(UserError, match="hold class 65,535; .*set ignore=65535"):
+        Image.fromarray(np.full((42, 42), 65535, np.uint16)).save(tmp_path / "binary" / "masks" / "0.png")
+        evaluate_segmentation("pixels", binary)
     Image.new("RGB", (42, 42)).save(tmp_path / "test" / "masks" / "deep" / "0.png")
     (tmp_path / "test" / "images" / "deep" / "1.png").write_bytes(b"no image")
-    evaluate_segmentation("pixels", settings)
+    assert evaluate_segmentation("pixels", settings)["test"] | {"fingerprint": ""} == {
+        "data": data["test"], "images": 4, "unreadable": 2, "fingerprint": ""
+    }  # fmt: skip
     assert "2 image(s) of" in capsys.readouterr().err
     Image.new("L", (9, 9)).save(tmp_path / "test" / "masks" / "deep" / "2.png")
     with pytest.raises(UserError, match="9 x 9 pixels, but its image has 42 x 42"):

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from dino_sd.errors import UserError
-from dino_sd.models.backbone import Backbone
-from dino_sd.models.weights import load_into, read_weights
+from dino_sd.models.backbone import Backbone, pretrained_cfg
+from dino_sd.models.weights import load_into, read_weights, start_from
 
 TINY = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -157,3 +157,33 @@ def test_published_files_hold_a_namespace_and_nothing_else_is_allowed(tmp_path):
         with pytest.raises(UserError, match="could run code, so it is not opened"):
             read_weights(tmp_path / f"{name}.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_heads_are_refused_and_grids_resized():
+    """What no weight's shape tells: 64 positions may be 8 x 8 or 4 x 16."""
+
+    def made(size: tuple[int, int], heads: int) -> Backbone:
+        args = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": heads}
+        return Backbone("vit_tiny_patch16_224", size=size, channels=1, model_args=args)
+
+    wide, square = made((16, 64), 2), made((32, 32), 2)
+    assert wide.model.pos_embed.shape == square.model.pos_embed.shape
+    assert start_from(square, wide, "init") == ["resized the position embedding from 4x16 to 8x8 patches"]
+    assert not torch.equal(square.model.pos_embed, wide.model.pos_embed)
+    again = made((16, 64), 2)
+    assert start_from(again, wide, "init") == [] and torch.equal(again.model.pos_embed, wide.model.pos_embed)
+    with pytest.raises(UserError, match="has 2 attention heads a block, model=.* has 4.*num_heads: 2"):
+        start_from(made((16, 64), 4), wide, "init")
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_050", "resnet18", "xcit_nano_12_p16_224"])
+def test_a_backbone_is_as_wide_as_it_says(name: str):
+    backbone = Backbone(name, size=(64, 64)).eval()
+    with torch.no_grad():
+        assert backbone(torch.zeros(1, 3, 64, 64)).pooled_ND.shape == (1, backbone.width)
+
+
+def test_a_tag_that_there_is_not():
+    with pytest.raises(UserError, match="no pretrained weights 'dinoo' in timm; it has .*dino"):
+        pretrained_cfg("vit_small_patch16_224.dinoo")
+    assert pretrained_cfg("vit_small_patch16_224.dino").tag == "dino" and pretrained_cfg("no_such_model") is None

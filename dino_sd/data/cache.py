@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dino_sd.data.loader import as_it_is, fitting
+from dino_sd.data.loader import fitting, in_workers
 from dino_sd.data.resample import resize
 from dino_sd.data.source import NUMPY, Bad, BadImage, Picture, Source, name_of, short_hash
 from dino_sd.distributed import local_world_size
@@ -250,15 +250,8 @@ def _decoded(
     index, images = 0, _Decode(source, side)
     item_bytes = _CHUNK * 2 * (side or SMALL_SIDE) ** 2 * source.channels * source.dtype.itemsize
     workers = fitting(min(workers, len(images) // 8), item_bytes, local_world_size())
-    loader = DataLoader(
-        images,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=as_it_is,
-        generator=torch.Generator(),
-    )
     with progress(label) as show:
-        for chunk in loader:
+        for chunk in in_workers(images, workers):
             for image in chunk:
                 yield index, image
                 index += 1

@@ -1,11 +1,12 @@
 """Images as evaluation sees them: resized and centre-cropped, nothing random."""
 
+import math
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dino_sd.data.loader import as_it_is, fitting
+from dino_sd.data.loader import fitting, in_workers
 from dino_sd.data.resample import resize
 from dino_sd.data.source import Bad, BadImage, Source
 from dino_sd.distributed import say
@@ -19,7 +20,7 @@ def resize_crop(image_CHW: torch.Tensor, size: tuple[int, int], crop: float) -> 
     size: (height, width) of the result in pixels. crop: share of the shorter side that is kept, e.g. 224 / 256.
     """
     height, width = image_CHW.shape[-2:]
-    tall, wide = round(size[0] / crop), round(size[1] / crop)
+    tall, wide = math.floor(size[0] / crop), math.floor(size[1] / crop)  # as timm and torchvision cut
     if tall * width >= wide * height:
         wide = max(wide, tall * width // height)
     else:
@@ -71,9 +72,7 @@ def eval_batches(
     bad: list[Bad] = []
     workers = fitting(workers, batch_size * source.channels * size[0] * size[1] * source.dtype.itemsize, world_size)
     maker = _EvalBatches(EvalSet(source, size, crop), chunks)
-    for images, labels_B, indices_B, unreadable in DataLoader(
-        maker, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator()
-    ):
+    for images, labels_B, indices_B, unreadable in in_workers(maker, workers):
         bad += unreadable
         if len(indices_B):
             yield images, labels_B, indices_B

@@ -111,9 +111,21 @@ class Batches:
             yield made
 
 
+def in_workers(made: Dataset, workers: int) -> DataLoader:
+    """The items of a data set that makes whole batches, as they are and in order."""
+    return DataLoader(
+        made, batch_size=None, num_workers=workers, collate_fn=as_it_is, generator=torch.Generator(),
+        worker_init_fn=_leave_signals,
+    )  # fmt: skip
+
+
 def _leave_signals(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; what becomes of it is the training's decision."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a loader's worker. Ctrl-C, torchrun and schedulers reach whole groups of processes: what becomes of it is the
+    training's decision, and it cannot save itself where its workers are gone. They end with it all the same.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _close(batches: "weakref.ref[Generator[Batch, None, None]]") -> None:

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dino_sd.data.decode import picture, sample_count
 from dino_sd.data.files import FileSource
-from dino_sd.data.loader import as_it_is
+from dino_sd.data.loader import in_workers
 from dino_sd.data.source import WHITE, Bad, BadImage, Source, StackSource, name_of, open_source
 from dino_sd.data.statistics import enough, evenly, moments_of
 from dino_sd.progress import progress
@@ -36,16 +36,9 @@ def look_type(channels: int) -> np.dtype:
 
 def look(source: Source, indices_n: np.ndarray, workers: int) -> tuple[np.ndarray, list[Bad]]:
     """(looks, of `look_type`; images that cannot be read), both in the order of indices_n, whatever the workers."""
-    loader = DataLoader(
-        _Chunks(source, indices_n),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=as_it_is,
-        generator=torch.Generator(),
-    )
     looks, bad, done = [np.empty(0, look_type(source.channels))], [], 0
     with progress(f"looking at {source.name}") as show:
-        for some, broken in loader:
+        for some, broken in in_workers(_Chunks(source, indices_n), workers):
             looks.append(some)
             bad += broken
             done += len(some) + len(broken)

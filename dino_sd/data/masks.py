@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dino_sd.data.loader import as_it_is, fitting
+from dino_sd.data.loader import fitting, in_workers
 from dino_sd.data.resample import resize
-from dino_sd.data.source import Bad, BadImage, open_source
+from dino_sd.data.source import Bad, BadImage, open_source, short_hash
 from dino_sd.distributed import say
 from dino_sd.errors import UserError
 
@@ -41,6 +41,9 @@ class MaskedImages:
 
     def __len__(self) -> int:
         return len(self.masks)
+
+    def fingerprint(self) -> str:
+        return short_hash(self.images.fingerprint().encode(), "\n".join(self.masks).encode())
 
     def pair(self, index: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Image (C, H, W), squeezed to `size` without a cut, and mask (H, W), int64. Raises BadImage and UserError."""
@@ -83,11 +86,7 @@ def masked_batches(
     item_bytes = batch_size * size[0] * size[1] * (8 + source.images.channels * source.images.dtype.itemsize)
     workers = fitting(workers, item_bytes, world_size)
     bad: list[Bad] = []
-    loader = DataLoader(
-        _Pairs(source, size, chunks), batch_size=None, num_workers=workers, collate_fn=as_it_is,
-        generator=torch.Generator(),
-    )  # fmt: skip
-    for made in loader:
+    for made in in_workers(_Pairs(source, size, chunks), workers):
         if isinstance(made, str):
             raise UserError(made)
         *batch, unreadable = made

@@ -34,6 +34,10 @@ def knn(
     """
     if len(test_ND) == 0:
         raise UserError("knn: the test set has no images")
+    check(  # all of it on every rank: one that raised alone would leave the others waiting
+        train_ND, train_labels_N, test_ND, test_labels_N, sorted(set(k)), temperature, classes,
+        len(train_ND) - leave_one_out,
+    )  # fmt: skip
     share = slice(len(test_ND) * rank() // world_size(), len(test_ND) * (rank() + 1) // world_size())
     ranks = label_ranks(
         train_ND, train_labels_N, test_ND[share], test_labels_N[share], k, temperature, classes, chunk=chunk,

@@ -42,11 +42,8 @@ def retrieval(
     ks, found_in = sorted(set(k)), len(bank_ND) - (own_from is not None)
     if not ks or ks[0] < 1 or ks[-1] > found_in:
         raise UserError(f"k={ks}: expected numbers from 1 to {found_in}, the images there are to find")
-    for name, features_ND, labels_N in (("query", queries_ND, query_labels_N), ("bank", bank_ND, bank_labels_N)):
-        if bool((labels_N < 0).any()):
-            raise UserError(f"retrieval: {name} images without a label; it needs one for every image")
-        if not bool(torch.isfinite(features_ND.sum(1, dtype=torch.float32)).all()):
-            raise UserError(f"retrieval: {name} features hold NaN or infinity; the model is broken or diverged")
+    check("query", queries_ND, query_labels_N)
+    check("bank", bank_ND, bank_labels_N)
     device, dtype = bank_ND.device, torch.float64 if bank_ND.dtype == torch.float64 else torch.float32
     bank_ND, bank_labels_N = F.normalize(bank_ND.to(dtype), dim=1), bank_labels_N.to(device)
     place_M = torch.arange(1, len(bank_ND) + 1, device=device, dtype=dtype)
@@ -68,3 +65,11 @@ def retrieval(
     known_N = ~precision_N.isnan()
     recall = {count: hits_NK[known_N, place] for place, count in enumerate(ks)}
     return RetrievalResult(precision_N[known_N], recall)
+
+
+def check(name: str, features_ND: Tensor, labels_N: Tensor) -> None:
+    """Raises UserError on missing labels and features that are not finite. name: of the set."""
+    if bool((labels_N < 0).any()):
+        raise UserError(f"retrieval: {name} images without a label; it needs one for every image")
+    if not bool(torch.isfinite(features_ND.sum(1, dtype=torch.float32)).all()):
+        raise UserError(f"retrieval: {name} features hold NaN or infinity; the model is broken or diverged")

@@ -66,7 +66,8 @@ class Backbone(nn.Module):
             if isinstance(head := self.model.get_classifier(), nn.Linear):
                 self.pretrained_classifier.append(head)
             self.model.reset_classifier(0)
-        self.width: int = self.model.num_features
+        # behind the pooling, some have one layer more
+        self.width: int = getattr(self.model, "head_hidden_size", None) or self.model.num_features
         taps = [(str(info["module"]), int(info["num_chs"])) for info in self.model.feature_info]
         self.depth: int = len(taps)
         self.stem = int(taps[0][0].startswith(("act", "bn", "conv", "relu", "stem")))  # a tap before the first stage
@@ -272,6 +273,19 @@ def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = attn.attn_drop(((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)) @ v
     mixed = rearrange(mixed, "n h p d -> n p (h d)")
     return attn.proj_drop(attn.proj(getattr(attn, "norm", nn.Identity())(mixed)))
+
+
+def pretrained_cfg(name: str) -> Any:
+    """What timm says of a name's weights and images; None for an unknown architecture. Raises UserError for a tag."""
+    if not timm.is_model(name):
+        return None
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        architecture, _, tag = name.partition(".")
+        known = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+        said = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"model={architecture} has no pretrained weights '{tag}' in timm; {said}") from None
 
 
 def _create(name: str, size: tuple[int, int], pretrained: bool, args: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_sd.errors import UserError
 from dino_sd.models.backbone import Backbone
@@ -119,10 +119,32 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def load_into(backbone: Backbone, state: dict[str, Tensor], source: str = "weights") -> list[str]:
+def attention_heads(backbone: Backbone) -> int | None:
+    """Of each block of a ViT. No weight's shape tells it."""
+    blocks: Any = getattr(backbone.model, "blocks", None)
+    first = blocks[0] if isinstance(blocks, nn.Sequential) and len(blocks) else None
+    return getattr(getattr(first, "attn", None), "num_heads", None)
+
+
+def start_from(backbone: Backbone, other: Backbone, source: str) -> list[str]:
+    """`load_into` of a whole network. Raises UserError also where it has another number of attention heads."""
+    heads, theirs = attention_heads(backbone), attention_heads(other)
+    if heads != theirs and None not in (heads, theirs) and backbone.width == other.width:
+        raise UserError(
+            f"{source}: has {theirs} attention heads a block, model={backbone.name} has {heads}: its weights would fit "
+            f"and mean something else; set model_args={{num_heads: {theirs}}}"
+        )
+    grid = getattr(getattr(other.model, "patch_embed", None), "grid_size", None)
+    return load_into(backbone, other.state_dict(), source, grid)
+
+
+def load_into(
+    backbone: Backbone, state: dict[str, Tensor], source: str = "weights", grid: tuple[int, int] | None = None
+) -> list[str]:
     """Loads weights, all of them or none. Returns what had to be adapted, one line each, to be said.
 
-    state: under timm's names, wrappers' prefixes are taken off. source: what errors call it.
+    state: under timm's names, wrappers' prefixes are taken off. source: what errors call it. grid: rows and columns of
+    patches that its position embedding is for; None: as many, or the same as the backbone's where their number is.
     Adapted are: a position embedding made for another grid of patches (resized), a classifier (left out). Any other
     missing, unexpected or differently shaped key raises UserError with the first few and the likely reason.
     """
@@ -131,7 +153,7 @@ def load_into(backbone: Backbone, state: dict[str, Tensor], source: str = "weigh
     state, notes = _without_classifier(backbone, strip_prefixes(state))
     counters = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")}
     state = counters | state  # older files have none, and features do not depend on them
-    notes += _resize_position_embedding(backbone, state, wanted)
+    notes += _resize_position_embedding(backbone, state, wanted, grid)
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
@@ -156,18 +178,22 @@ def _without_classifier(backbone: Backbone, state: dict[str, Tensor]) -> tuple[d
     return kept, [f"left out the classifier ({_some(state.keys() - kept.keys())})"] if len(kept) < len(state) else []
 
 
-def _resize_position_embedding(backbone: Backbone, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """In place. A grid that is not square has to fit as it is: its sides cannot be told from the number of tokens."""
+def _resize_position_embedding(
+    backbone: Backbone, state: dict[str, Tensor], wanted: dict[str, Tensor], old_grid: tuple[int, int] | None
+) -> list[str]:
+    """In place. Where nobody knows the old grid, it was square, or has to fit as it is."""
     old, new = state.get("pos_embed"), wanted.get("pos_embed")
     grid = getattr(getattr(backbone.model, "patch_embed", None), "grid_size", None)
-    if old is None or new is None or grid is None or old.ndim != 3 or new.ndim != 3 or old.shape == new.shape:
+    if old is None or new is None or grid is None or old.ndim != 3 or new.ndim != 3:
         return []
     prefix = new.shape[1] - grid[0] * grid[1]
-    side = isqrt(max(old.shape[1] - prefix, 0))
-    if old.shape[2] != new.shape[2] or side == 0 or side * side != old.shape[1] - prefix:
+    patches = max(old.shape[1] - prefix, 0)
+    square = (isqrt(patches), isqrt(patches))
+    rows, columns = old_grid or (grid if old.shape == new.shape else square)
+    if (rows, columns) == tuple(grid) or old.shape[2] != new.shape[2] or not 0 < patches == rows * columns:
         return []
-    state["pos_embed"] = resample_abs_pos_embed(old, list(grid), [side, side], num_prefix_tokens=prefix)
-    return [f"resized the position embedding from {side}x{side} to {grid[0]}x{grid[1]} patches"]
+    state["pos_embed"] = resample_abs_pos_embed(old, list(grid), [rows, columns], num_prefix_tokens=prefix)
+    return [f"resized the position embedding from {rows}x{columns} to {grid[0]}x{grid[1]} patches"]
 
 
 def _reason(

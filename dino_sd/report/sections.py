@@ -79,8 +79,8 @@ def _tiles(run: Run) -> Html:
             since = f"from {values[0]:.1f} %" if len(values) > 1 else ""
             tiles.append((name, f"{values[-1]:.1f} %", since))
     for found in run.evaluations.values():
-        if (best := _best(found)) is not None:
-            tiles.append((f"{found.get('evaluator')}, top-1", f"{best:.1f} %", "evaluated"))
+        if (first := _first(found)) is not None:
+            tiles.append((f"{found.get('evaluator')}, top-1", f"{first:.1f} %", _whose(found)))
     for key, name, unit in (
         ("loss", "Loss", "nats"), ("feature_spread", "Feature spread", "0 to 1"),
         ("health/effective_rank", "Effective rank", "directions"),
@@ -97,11 +97,21 @@ def _tiles(run: Run) -> Html:
     return tag("dl", *shown, class_="tiles")
 
 
-def _best(found: dict[str, Any]) -> float | None:
-    """The top-1 accuracy of an evaluation, the highest of several rows."""
+def _first(found: dict[str, Any]) -> float | None:
+    """The top-1 accuracy of an evaluation; of several rows the first: the best would be chosen on the test set."""
     rows = found.get("results")
     scores = [row.get("top1") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return max((score for score in scores if is_number(score)), default=None)
+    return next((score for score in scores if is_number(score)), None)
+
+
+def _whose(found: dict[str, Any]) -> str:
+    """Which network was judged."""
+    known = found.get("provenance")
+    known = known if isinstance(known, dict) else {}
+    exit = known.get("exit")
+    words = [f"{known['network']}" if known.get("network") else "evaluated"]
+    words += [f"at step {known['step']:,}"] if is_number(known.get("step")) else []
+    return " ".join([*words, *([f"up to block {exit}"] if is_number(exit) else [])])
 
 
 def one_line(run: Run) -> str:

@@ -32,14 +32,16 @@ def open(spec: str, channels: int) -> Source | None:
     labels_N, classes = _labels(dataset, len(dataset))
     if stack is not None:
         return StackSource(spec, stack, labels_N, classes)
-    return TorchvisionSource(spec, dataset, channels, labels_N, classes)
+    return TorchvisionSource(spec, dataset, root, channels, labels_N, classes)
 
 
 class TorchvisionSource(Source):
-    """A data set that is asked for each image when it is wanted. labels: int64 (N,) or None."""
+    """A data set that is asked for each image when it is wanted. root: its folder. labels: int64 (N,) or None."""
 
-    def __init__(self, name: str, dataset: Any, channels: int, labels: np.ndarray | None, classes: list[str] | None):
-        self.name, self.channels, self.classes = name, channels, classes
+    def __init__(
+        self, name: str, dataset: Any, root: str, channels: int, labels: np.ndarray | None, classes: list[str] | None
+    ):
+        self.name, self.channels, self.classes, self._root = name, channels, classes, root
         self._dataset, self._labels = dataset, labels
 
     def __len__(self) -> int:
@@ -56,6 +58,16 @@ class TorchvisionSource(Source):
         except Exception as error:  # a decoder raises anything
             raise BadImage(self.path(index), f"cannot be read as an image ({_line(error)})") from error
         return Picture(pixels_CHW.shape[1], pixels_CHW.shape[2], lambda shrink: pixels_CHW)
+
+    def files(self) -> list[str]:
+        for attribute in ("_image_files", "imgs", "samples", "_samples", "images"):
+            found = getattr(self._dataset, attribute, None)
+            if not isinstance(found, list) or len(found) != len(self):
+                continue
+            paths = [str(one[0] if isinstance(one, tuple) else one) for one in found]
+            if os.path.isfile(paths[0]):
+                return paths
+        return [self._root]
 
     def fingerprint(self) -> str:
         labels = b"" if self._labels is None else self._labels.tobytes()
