@@ -1,5 +1,6 @@
 """What a run says while it works: a progress line, metrics.jsonl, and Weights & Biases when asked."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -34,10 +35,21 @@ def duration(seconds: float) -> str:
 class Log:
     """Rank 0 writes; every other rank has one that is silent.
 
-    Lines of metrics.jsonl after `start_step` are dropped: a run that goes on says each step once.
+    Lines of metrics.jsonl after `start_step` are dropped: a run that goes on says each step once. known: `state` of
+    when that step was saved.
     """
 
-    def __init__(self, run: Path, *, start_step: int, steps: int, active: bool, wandb: str, config: dict[str, Any]):
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start_step: int,
+        steps: int,
+        active: bool,
+        wandb: str,
+        config: dict[str, Any],
+        known: dict[str, Any] | None = None,
+    ):
         self.steps, self.active, self.start_step = steps, active, start_step
         self.began = time.perf_counter()
         self.latest: dict[str, Any] = {}
@@ -45,20 +57,35 @@ class Log:
         if not active:
             return
         self.path = run / "metrics.jsonl"
-        self._keep_until(start_step)
+        self.lines, self.sum = 0, hashlib.sha256()
+        self._keep_until(start_step, known)
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (open for the whole run)
         if wandb != "off":
             self._start_wandb(run, wandb, config)
 
-    def _keep_until(self, step: int) -> None:
+    def _keep_until(self, step: int, known: dict[str, Any] | None) -> None:
         if not self.path.exists():
             return
         # A run that starts anew has said nothing yet.
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if step else []
-        kept = [line for line in lines if _step_of(line, step + 1) <= step]
-        if damaged := sum(_step_of(line, -1) < 0 for line in lines[:-1]):  # a crash cuts short the last one alone
-            print(f"warning: {damaged} damaged line(s) of {self.path} are left out", file=sys.stderr, flush=True)
+        kept = lines[: known["lines"]] if known else [line for line in lines if _step_of(line, step + 1) <= step]
+        self._count(kept)
+        if known and self.state() != known:
+            kept = [line for line in lines if _step_of(line, step + 1) <= step]
+            print(f"warning: {self.path} is not as it was when step {step} was saved: it was changed, or is damaged; "
+                  f"{len(kept)} of its {known['lines']} lines go on", file=sys.stderr, flush=True)  # fmt: skip
+            self.lines, self.sum = 0, hashlib.sha256()
+            self._count(kept)
         write_whole(self.path, "".join(line + "\n" for line in kept))
+
+    def _count(self, lines: list[str]) -> None:
+        self.lines += len(lines)
+        for line in lines:
+            self.sum.update(f"{line}\n".encode(errors="replace"))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says of the lines that belong to it, after they have reached the disk."""
+        return {"lines": self.lines, "sha256": self.sum.hexdigest()} if self.active else {}
 
     def _start_wandb(self, run: Path, mode: str, config: dict[str, Any]) -> None:
         try:
@@ -90,7 +117,9 @@ class Log:
         if not self.active:
             return
         try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            line = json.dumps({"step": step, **values})
+            self.file.write(f"{line}\n")
+            self._count([line])
         except OSError as error:  # a disk that is full, or gone, must not cost the run
             print(f"warning: {self.path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         if self.wandb is not None:

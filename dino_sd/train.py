@@ -105,7 +105,7 @@ def _train(cfg: Config, device: torch.device, requests: Requests, slowed: float 
             say(f"{resumed['ranks']} rank(s) until then, {world_size()} from now on: the batch of a step stays "
                 f"{cfg.batch_size} images, {cfg.batch_size // world_size()} on each rank")  # fmt: skip
     owes = bool(resumed and resumed.get("owes"))  # what was due when it had to stop
-    resumed_bad = resumed.get("bad_files") if resumed else 0
+    known_bad, known_lines = (resumed.get("bad_files"), resumed.get("metrics")) if resumed else (0, None)
     resumed = None  # a second copy of everything would otherwise live as long as the run
 
     introduce(cfg, device, method, data)  # before DDP makes all weights rank 0's
@@ -141,12 +141,13 @@ def _train(cfg: Config, device: torch.device, requests: Requests, slowed: float 
     )
     anomalies = Anomalies(run, source, **skipped)
     norms = BatchNorms(method)
-    bad_files = BadFiles(run, len(source), cfg.data.most_bad, resumed_bad)
+    bad_files = BadFiles(run, len(source), cfg.data.most_bad, known_bad)
     bad_files.add((*source.bad, *bad))
     bad_files.share()
     views = on_device(bad_files.of(batches), photometry, mix, device, dtype)
     log = Log(
-        run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg)
+        run, start_step=start, steps=length.steps, active=is_main(), wandb=cfg.log.wandb, config=plain(cfg),
+        known=known_lines,
     )  # fmt: skip
     saved = checkpoint.path_of(run, start)
     reports = Reports(cfg, length, source, data, start)
@@ -180,7 +181,8 @@ def _train(cfg: Config, device: torch.device, requests: Requests, slowed: float 
                 "student": method.student.state_dict(), "teacher": method.teacher.state_dict(),
                 "terms": method.terms.state_dict(), "optimizer": optimizer.state_dict(), "window": sums,
                 "window_steps": window.steps, "scores": scores, "ranks": world_size(), "slowed": slowed,
-                "skipped": anomalies.state(), "health": watched, "bad_files": unreadable, "owes": owes,
+                "skipped": anomalies.state(), "health": watched, "bad_files": unreadable, "metrics": log.state(),
+                "owes": owes,
             }  # fmt: skip
             saver.save(saved, state, log.latest)
 

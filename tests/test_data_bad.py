@@ -251,6 +251,22 @@ def test_a_line_that_a_crash_cut_spoils_no_other(tmp_path: Path):
     assert [line["path"] for line in lines(tmp_path)] == ["a", "b"]
 
 
+def test_a_run_that_goes_on_meets_later_ones_again(tmp_path: Path):
+    from dino_sd.run import BadFiles
+
+    bad = BadFiles(tmp_path, 100, 0.5)
+    bad.add([(1, "a", "x"), (2, "b", "y")])
+    assert bad.share() == 2
+    again = BadFiles(tmp_path, 100, 0.5, until=1)  # it was saved before the second one was met
+    assert [*again.known] == ["a"] and [line["path"] for line in lines(tmp_path)] == ["a"]
+    again.add([(2, "b", "y")])
+    assert again.share() == 2 and [line["path"] for line in lines(tmp_path)] == ["a", "b"]
+    again.path.unlink()
+    again.path.mkdir()  # cannot be written: a warning
+    again.add([(3, "c", "z")])
+    assert again.share() == 3
+
+
 def test_bad_image_survives_a_process():
     import pickle
 

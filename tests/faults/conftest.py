@@ -22,8 +22,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROO
 whole = pytest.mark.skipif(os.environ.get("DINO_SD_FAULTS") != "whole", reason="`make test-faults` runs it")
 
 
-def start(yaml: Path, run: Path, ranks: int = 1, script: str | None = None, **changes: Any) -> subprocess.Popen:
-    """The training command; script: Python that is run before it, in the same process."""
+def start(
+    yaml: Path, run: Path, ranks: int = 1, script: str | None = None, group: bool = False, **changes: Any
+) -> subprocess.Popen:
+    """The training command; script: Python that is run before it, in the same process. group: it leads one."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     program = ["-m", "dino_sd"]
     if script is not None:
@@ -33,7 +35,7 @@ def start(yaml: Path, run: Path, ranks: int = 1, script: str | None = None, **ch
     return subprocess.Popen(
         [sys.executable, *launcher, *program, "train", str(yaml), *tiny_pairs(run, **changes)],
         cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), start_new_session=group,
     )  # fmt: skip
 
 

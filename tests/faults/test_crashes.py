@@ -2,11 +2,13 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,32 +35,62 @@ def straight(tmp_path_factory) -> dict[int, Path]:
     return {ranks: root / str(ranks) for ranks in (1, 2)}
 
 
+# The process dies at a certain place of its n-th save.
+PLACES = ("in the file", "before its name", "behind its name")
+DIES = """
+import os, signal, torch
+write, rename, saves = torch.save, os.replace, [0]
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def save(state, file):
+    saves[0] += 1
+    if saves[0] == NUMBER and "PLACE" == "in the file":
+        file.write(b"half of it")
+        file.flush()
+        die()
+    write(state, file)
+def replace(old, new):
+    now = saves[0] == NUMBER and str(new).endswith(".pt")
+    if now and "PLACE" == "before its name":
+        die()
+    rename(old, new)
+    if now and "PLACE" == "behind its name":
+        die()
+torch.save, os.replace = save, replace
+"""
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("moment", ["any", "in a save"])
 def test_killed_again_and_again(tiny_yaml: Path, tmp_path: Path, straight: dict[int, Path], ranks: int, moment: str):
     """SIGKILL at random times, a third of them while a checkpoint is being written: nothing is lost or done twice."""
     run, dice = tmp_path / "run", random.Random(ranks + 10 * (moment == "any"))
-    kills = max(1, KILLS // 6 if moment == "in a save" else KILLS // 3)
-    for _ in range(kills):
-        process = start(tiny_yaml, run, ranks, **LONG)
-        before = newest_step(run)
+    kills, done = max(1, KILLS // 6 if moment == "in a save" else KILLS // 3), 0
+
+    def ends_well(code: int, said: str) -> None:
+        assert code == 0, said
+        assert_identical(checkpoint.path_of(straight[ranks], 200), checkpoint.path_of(run, 200))
+        assert metrics(run) == metrics(straight[ranks])
+        assert not list((run / "checkpoints").glob(".*.tmp"))
+
+    while done < kills:
+        before, script = newest_step(run), None
         if moment == "in a save":
-            folder = run / "checkpoints"
+            script = DIES.replace("PLACE", dice.choice(PLACES)).replace("NUMBER", str(dice.randint(1, 4)))
+        process = start(tiny_yaml, run, ranks, script, **LONG)
+        if moment == "any":
             wait_for(lambda: newest_step(run) > before or process.poll() is not None)  # noqa: B023
-            wait_for(lambda: any(folder.glob(".*.tmp")) or process.poll() is not None)  # noqa: B023
+            time.sleep(dice.random() * 0.5)
+            with suppress(OSError):  # it has just ended
+                os.kill(process.pid if ranks == 1 else dice.choice(ranks_of(process)), signal.SIGKILL)
+        code, said = finish(process)
+        if code == 0:  # through before it was hit: another one
+            ends_well(code, said)
+            shutil.rmtree(run)
         else:
-            wait_for(lambda: newest_step(run) > before or process.poll() is not None)  # noqa: B023
-            time.sleep(dice.random() * 0.8)
-        victims = [process.pid] if ranks == 1 else [dice.choice(ranks_of(process) or [process.pid])]
-        for victim in victims:
-            if process.poll() is None:
-                os.kill(victim, signal.SIGKILL)
-        finish(process)
-    code, said = finish(start(tiny_yaml, run, ranks, **LONG))
-    assert code == 0, said
-    assert_identical(checkpoint.path_of(straight[ranks], 200), checkpoint.path_of(run, 200))
-    assert metrics(run) == metrics(straight[ranks])
-    assert not list((run / "checkpoints").glob(".*.tmp"))
+            assert code == (-signal.SIGKILL if ranks == 1 else 1), said
+            done += 1
+    ends_well(*finish(start(tiny_yaml, run, ranks, **LONG)))
 
 
 RAISES = """

@@ -17,15 +17,15 @@ from dino_sd.train import train
 from faults.conftest import finish, metrics, start
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, place: int, bit: int = 0x10) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 0x10
+    data[place] ^= bit
     path.write_bytes(bytes(data))
 
 
 def test_a_flipped_byte_in_any_file_of_a_run(tiny, tmp_path: Path, capsys):
     """One at a time, in its beginning, middle and end; then the run goes on: to the same bits, or it says why not."""
-    options = {"steps": 20, "checkpoint__every": "steps=5", "checkpoint__keep": 9}
+    options = {"steps": 20, "checkpoint__every": "steps=5", "checkpoint__keep": 9, "checkpoint__best": "feature_spread"}
     straight = train(tiny(tmp_path / "straight", **options))
     half = tmp_path / "half"
     train(tiny(half, **options))
@@ -33,13 +33,15 @@ def test_a_flipped_byte_in_any_file_of_a_run(tiny, tmp_path: Path, capsys):
         for path in (checkpoint.path_of(half, step), checkpoint.sum_of(checkpoint.path_of(half, step))):
             path.unlink()
     files = [path for path in half.rglob("*") if path.is_file() and path.stat().st_size]
-    assert {"step_00000010.pt", "step_00000010.pt.sha256", "metrics.jsonl", "config.yaml"} <= {p.name for p in files}
+    names = {"step_00000010.pt", "step_00000010.pt.sha256", "metrics.jsonl", "config.yaml", "best.json"}
+    assert names <= {path.name for path in files}
     for path in files:
-        for share in (0.0, 0.5, 0.999):
+        small = path.suffix in (".jsonl", ".json", ".yaml")
+        for share, bit in ((0.0, 0x10), (0.5, 0x10), (0.999, 0x10), *([(0.4, 0x80)] if small else [])):
             run = tmp_path / "damaged"
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(half, run)
-            flip(run / path.relative_to(half), int(share * path.stat().st_size))
+            flip(run / path.relative_to(half), int(share * path.stat().st_size), bit)
             capsys.readouterr()
             saved = train(tiny(run, **options))
             said = capsys.readouterr().err
@@ -47,6 +49,7 @@ def test_a_flipped_byte_in_any_file_of_a_run(tiny, tmp_path: Path, capsys):
             if path.name.startswith("step_00000010") and not harmless:
                 assert "step_00000010.pt is damaged" in said and "going on from step 5" in said, (path.name, share)
             assert_identical(straight, saved)
+            assert metrics(run) == metrics(straight.parents[1]) or f"{run / 'metrics.jsonl'} is not as it was" in said
 
 
 def test_a_checkpoint_without_its_sum_and_of_half_its_length(tiny, tmp_path: Path, capsys):
@@ -137,7 +140,7 @@ before, calls = Photometry.__call__, [0]
 def call(self, crops, rows):
     calls[0] += 1
     if calls[0] == 24:
-        shutil.rmtree({str(run / "checkpoints")!r})
+        shutil.rmtree({str(run / "checkpoints")!r}, ignore_errors=True)
     return before(self, crops, rows)
 Photometry.__call__ = call
 """
@@ -182,3 +185,47 @@ def test_what_stays(tiny, tmp_path: Path):
     best = max(spreads, key=lambda step: (spreads[step], -step))
     assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == best
     assert {checkpoint.step_of(path) for path in checkpoint.all_of(run)} == {40, 20, best}
+
+
+def test_files_that_cannot_be_read_take_no_place(tmp_path: Path, capsys):
+    """Newer ones that are damaged neither hide a run nor push its good checkpoints out."""
+    for step in (5, 10, 15, 20):
+        checkpoint.save(checkpoint.path_of(tmp_path, step), {"step": step})
+    for step in (15, 20):
+        checkpoint.path_of(tmp_path, step).write_bytes(b"damaged")
+    good = checkpoint.newest_good(tmp_path)
+    assert good is not None and good["step"] == 10
+    saver = checkpoint.Saver(tmp_path, keep=2, milestone=None, start=10)
+    for step in (12, 14, 16):
+        saver.save(checkpoint.path_of(tmp_path, step), {"step": step}, {})
+        saver.wait(last=True)
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path)] == [20, 16, 14]
+    for path in checkpoint.all_of(tmp_path):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="none of its 3 checkpoint.s. can be read"):
+        checkpoint.newest_good(tmp_path)
+    assert checkpoint.newest_good(tmp_path / "nothing") is None
+
+
+def test_the_best_one_is_what_it_says(tmp_path: Path, capsys):
+    saver, place = checkpoint.Saver(tmp_path, 1, None, best="knn"), tmp_path / "checkpoints" / "best.json"
+    for step, value in ((1, 50.0), (2, 70.0), (3, float("nan")), (4, 60.0)):
+        saver.save(checkpoint.path_of(tmp_path, step), {"step": step}, {"knn": value})
+        saver.wait(last=True)
+    assert json.loads(place.read_text())["step"] == 2
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(tmp_path)] == [4, 2]
+    checkpoint.path_of(tmp_path, 2).unlink()
+    assert checkpoint.best_of(tmp_path) is None
+    place.write_text("{")
+    assert checkpoint.best_of(tmp_path) is None and "best.json is damaged" in capsys.readouterr().err
+
+
+def test_whatever_fails_in_a_save_is_a_failure(tmp_path: Path, monkeypatch):
+    def broken(*_):
+        raise MemoryError
+
+    saver = checkpoint.Saver(tmp_path, 1, None)
+    monkeypatch.setattr("torch.save", broken)
+    saver.save(checkpoint.path_of(tmp_path, 1), {"step": 1}, {})
+    with pytest.raises(UserError, match="cannot be written .MemoryError"):
+        saver.wait(last=True)
