@@ -2,10 +2,12 @@
 
     python tools/costs.py [pairs=3] [NAME=VALUE ...]
 
-Prints the seconds of both for each pair, in turns of order, and the medians of their ratios: of the clock and of the
-processors' time, which other work on the machine disturbs less.
+Both of a pair run at the same time, each on a core of its own with one thread, and change cores for the next pair: what
+else the machine does hits both alike. Prints the seconds of both for each pair, and the medians of their ratios: of the
+clock, and of the processor's time. Linux; two cores.
 """
 
+import os
 import resource
 import statistics
 import subprocess
@@ -56,19 +58,25 @@ def main() -> None:
         return
     count = next((int(word[6:]) for word in sys.argv[1:] if word.startswith("pairs=")), 3)
     rest = [word for word in sys.argv[1:] if not word.startswith("pairs=")]
+    cores = sorted(os.sched_getaffinity(0))[:2]
     ratios: list[tuple[float, float]] = []
-    for pair in range(count):
-        taken = {}
-        for mode in ("whole", "bare") if pair % 2 == 0 else ("bare", "whole"):
-            command = [sys.executable, __file__, mode, *rest]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
-            taken[mode] = [float(word) for word in done.stdout.split()[-2:]]
-        (clock, used), (bare_clock, bare_used) = taken["whole"], taken["bare"]
+    for _ in range(count):
+        cores.reverse()
+        running = [on_core(core, [mode, *rest]) for mode, core in zip(("whole", "bare"), cores, strict=True)]
+        said = [process.communicate()[0].split()[-2:] for process in running]
+        (clock, used), (bare_clock, bare_used) = ([float(word) for word in words] for words in said)
         ratios.append((clock / bare_clock, used / bare_used))
-        print(f"{clock:.1f} s and {used:.1f} s of processors, without {bare_clock:.1f} and {bare_used:.1f}: "
+        print(f"{clock:.1f} s and {used:.1f} s of processor, without {bare_clock:.1f} and {bare_used:.1f}: "
               f"x {ratios[-1][0]:.4f} and {ratios[-1][1]:.4f}", flush=True)  # fmt: skip
-    for name, found in zip(("clock", "processors"), zip(*ratios, strict=True), strict=True):
+    for name, found in zip(("clock", "processor"), zip(*ratios, strict=True), strict=True):
         print(f"{name}: median x {statistics.median(found):.4f} (from {min(found):.4f} to {max(found):.4f})")
+
+
+def on_core(core: int, words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ def main() -> int:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(Path(folder) / "said", "w") as said:
             process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-            samples = watch(process, run)
+            samples = watch(process, run, int(settings["batch_size"]))
         if process.returncode != 0:
             print((Path(folder) / "said").read_text()[-2000:], file=sys.stderr)
             return 2
         return judge(samples, int(settings["steps"]))
 
 
-def watch(process: subprocess.Popen, run: Path) -> list[dict[str, float]]:
+def watch(process: subprocess.Popen, run: Path, batch_size: int) -> list[dict[str, float]]:
     """One line for each line of the log that appears, with what the process and its loader hold at that time."""
     samples: list[dict[str, float]] = []
     place, seen = 0, time.monotonic()
@@ -65,7 +65,7 @@ def watch(process: subprocess.Popen, run: Path) -> list[dict[str, float]]:
         place += len(whole.encode())
         lines = [line for line in map(json.loads, whole.splitlines()) if "images_per_s" in line]
         if lines and (held := holdings(process.pid)):
-            milliseconds = 1000 * int(SETTINGS["batch_size"]) / float(np.mean([x["images_per_s"] for x in lines]))
+            milliseconds = 1000 * batch_size / float(np.mean([x["images_per_s"] for x in lines]))
             samples.append({"step": lines[-1]["step"], **held, "step time, ms": milliseconds})
         if time.monotonic() - seen > 60 and samples:
             seen = time.monotonic()
@@ -93,6 +93,12 @@ def holdings(pid: int) -> dict[str, float]:
 def judge(samples: list[dict[str, float]], steps: int) -> int:
     """Prints the table; returns the exit code."""
     kept = [sample for sample in samples if sample["step"] > steps / 5]
+    if len(kept) < 2 * BLOCKS:
+        print(
+            f"{len(kept)} samples say nothing, {2 * BLOCKS} are needed: more steps, or a smaller log.every",
+            file=sys.stderr,
+        )
+        return 2
     grown = []
     print(f"{'':14}{'median':>10}{'slope per 1,000 steps':>24}{'95% confidence':>18}")
     for name in ("memory, MB", "open files", "threads", "step time, ms"):
