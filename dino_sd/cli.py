@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dino_sd.distributed import adopt_slurm, is_main, rank, say, shutdown, silent_ranks, world_size
+from dino_sd.distributed import adopt_slurm, is_main, is_of_others, rank, say, shutdown, silent_ranks, world_size
 from dino_sd.errors import Halted, Interrupted, UserError
 
 app = typer.Typer(
@@ -441,13 +441,6 @@ def main() -> None:
     sys.exit(code)
 
 
-def of_others(error: BaseException | None) -> bool:
-    """Whether an exception says that other ranks do not answer."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
-
-
 def crash() -> None:
     """This rank's traceback first, then which ranks do not answer, and out: without waiting for anyone."""
     where = f"rank {rank()} of {world_size()} " if world_size() > 1 else ""
@@ -458,7 +451,7 @@ def crash() -> None:
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join(timeout=15)
     # Waiting for an answer tells only a rank that others have left alone from one that has left them.
-    if of_others(sys.exc_info()[1]) and (silent := silent_ranks()):
+    if is_of_others(sys.exc_info()[1]) and (silent := silent_ranks()):
         numbers = ", ".join(map(str, silent))
         print(f"rank {rank()}: no answer from rank(s) {numbers}: they hang or are gone", file=sys.stderr, flush=True)
     os._exit(1)  # the way out of a process group, or of loader workers, may wait for those who never come

