@@ -1,6 +1,7 @@
 """The page that goes with an export: what it is, what it learned from, how good it was found, how to load it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def card(
         + (f", {exported.classes} classes" if exported.classes else "") + ".",
         "", "## Trained", "", *trained(known), "", "## How good", "", *judged(known), "",
         "## Images", "", *images(exported), "", "## Load it", "",
-        "FOLDER is this folder. `features` are (N, D), `patches` (N, P, D), `logits` (N, classes).",
+        "FOLDER is this folder. `features` are (N, D), as they come: of length 1 once they are divided by their norm. "
+        "`patches` are (N, P, D)" + (", `logits` (N, classes)." if exported.head is not None else "."),
     ]  # fmt: skip
     for usage in usages:
         lines += ["", f"With {usage.library}:", "", "```python", usage.load, usage.call, "```"]
@@ -152,7 +154,35 @@ def images(exported: Exported) -> list[str]:
         f"- pixels divided by the largest number they can be, to lie from 0 to 1; then less mean {how['mean']}, "
         f"divided by std {how['std']}",
         *(["- graphs (ONNX, pt2) take uint8 pixels from 0 to 255 and do the second step themselves"] if inside else []),
+        *prepared(exported),
     ]
+
+
+def prepared(exported: Exported) -> list[str]:
+    """The same as lines of Python, to the pixel; none for images that Pillow does not hold as bytes."""
+    how = exported.preprocessing()
+    (height, width), channels = exported.size, how["channels"]
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if mode is None:
+        return []
+    tall, wide = (math.floor(side / how["crop"]) for side in exported.size)
+    mean, std = (f"np.reshape({how[name]}, (-1, 1, 1))" for name in ("mean", "std"))
+    takes = "graphs take `pixels`, all others `torch.from_numpy(images)`" if exported.preprocess else (
+        "onnxruntime takes `images`, all others `torch.from_numpy(images)`")  # fmt: skip
+    return [
+        "", "Exactly so, for bytes:", "", "```python", "import numpy as np", "from PIL import Image, ImageOps", "",
+        f'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")',
+        f"tall, wide = {tall}, {wide}  # the crop / {how['crop']:.4g}, rounded down",
+        "if tall * image.width >= wide * image.height:", "    wide = max(wide, tall * image.width // image.height)",
+        "else:", "    tall = max(tall, wide * image.height // image.width)",
+        f"top, left = round((tall - {height}) / 2), round((wide - {width}) / 2)",
+        "image = image.resize((wide, tall), Image.Resampling.BICUBIC)",
+        f"image = image.crop((left, top, left + {width}, top + {height}))",
+        f"pixels = np.asarray(image).reshape(1, {height}, {width}, {channels}).transpose(0, 3, 1, 2)  # uint8, NCHW",
+        f"images = ((pixels / 255 - {mean}) / {std}).astype(np.float32)", "```", "", f"Of these, {takes}.",
+        *(["", f"Other sizes do too; what is over a multiple of {exported.backbone.patch_size} pixels is cut off."]
+          if exported.dynamic_size and exported.backbone.patch_size else []),
+    ]  # fmt: skip
 
 
 def _pixels(size: tuple[int, int]) -> str:

@@ -154,6 +154,11 @@ def _from_folder(path: Path, network: str | None) -> Model:
 
 def _instead(folder: Path) -> str:
     """What a folder holds that is no model, and what to do."""
+    graphs = [name for name in ("model.onnx", "model.pt2") if (folder / name).is_file()]
+    if (folder / "config.json").is_file() and graphs:
+        return (
+            f"is an export of graphs alone ({', '.join(graphs)}); name what it was made from, or export format=timm too"
+        )
     if (folder / "config.json").is_file():
         return f"holds config.json, but neither {' nor '.join(WEIGHTS)}: it is incomplete; copy or download it again"
     if checkpoint.newest(folder.parent) is not None and folder.name == "checkpoints":

@@ -289,6 +289,25 @@ def test_places_that_cannot_be_written(tmp_path, where: str, unverified):
         export(run_folder(tmp_path / "run"), tmp_path / where)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (28, 42))])
+def test_the_cards_lines_prepare_images_as_evaluation_does(tmp_path, channels: int, size, monkeypatch, unverified):
+    """Run as they stand, on photographs of any shape: what `transform` makes, to the last bit of a byte."""
+    backbone = Backbone("vit_tiny_patch16_224", size=size, channels=channels, model_args=TINY).eval()
+    model = Model(backbone, size, 0.9, [0.4] * channels, [0.2] * channels, "a ViT", {})
+    card = (export(model, tmp_path / "out", "safetensors") / "README.md").read_text()
+    lines = next(block for block in card.split("```python\n")[1:] if "photo.jpg" in block).split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    for width, height, mode in ((211, 317, "RGB"), (90, 31, "L"), (40, 400, "RGB")):
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((width // 3, height // 3)).resize((width, height)).convert(mode)
+        image.save(tmp_path / "photo.jpg")
+        names: dict[str, Any] = {}
+        exec(lines, names)
+        ours = model.transform(Image.open(tmp_path / "photo.jpg"))
+        assert names["images"].shape == (1, channels, *size) and names["images"].dtype == np.float32
+        assert np.abs(names["images"][0] - ours.numpy()).max() * 0.2 * 255 <= 1.01
+
+
 @pytest.mark.parametrize("side", [28, 96, 100])
 def test_timm_cuts_as_evaluation_does(tmp_path, side: int):
     """The transform that an export hands out sees the very part of an image that was judged."""

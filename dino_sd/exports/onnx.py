@@ -53,6 +53,6 @@ def write(folder: Path, exported: Exported) -> None:
 
 
 def usages(exported: Exported) -> list[Usage]:
-    load = f'import onnxruntime\nsession = onnxruntime.InferenceSession("FOLDER/{FILE}")'
-    call = f'{", ".join(exported.outputs)} = session.run({exported.outputs!r}, {{"images": images.numpy()}})'
+    load = f'import numpy as np\nimport onnxruntime\nsession = onnxruntime.InferenceSession("FOLDER/{FILE}")'
+    call = f'{", ".join(exported.outputs)} = session.run({exported.outputs!r}, {{"images": np.asarray(images)}})'
     return [Usage("onnxruntime", load, call.replace("'", '"'))]
