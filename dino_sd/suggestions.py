@@ -1,6 +1,7 @@
 """Settings that fit a set of images, and what to mind about it, from what `inspect` has found."""
 
 import json
+import math
 import shlex
 from typing import Any
 
@@ -36,8 +37,10 @@ def suggestions(report: dict[str, Any]) -> dict[str, Any] | None:
     found |= {"views.mean": mean, "views.std": std}
     if report["dtype"] != "uint8":
         found["views.range"] = rounded(report["range"])
-    if read_recipe(recipes() / f"{RECIPE}.yaml")["batch_size"] > report["images"]:
-        found["batch_size"] = report["images"]
+    if report["images"] < _FEW:
+        found |= {"epochs": 200, "terms.dino.prototypes": 1024}
+    if read_recipe(recipes() / f"{RECIPE}.yaml")["batch_size"] > report["images"]:  # some steps an epoch
+        found["batch_size"] = min(report["images"], max(4, 2 ** int(math.log2(report["images"] / 4))))
     pairs = [data_pair(report["data"]), *(f"{key}={value}" for key, value in found.items())]
     return {"settings": pairs, "command": shlex.join(["dino-sd", "train", RECIPE, *pairs])}
 
@@ -91,7 +94,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
     if not read:
         return [f"none of {report['seen']:,} images can be read"]
     if images < _FEW:
-        found.append(f"{images:,} images are few: below {_FEW:,}, start from public weights with init=timm:NAME")
+        found.append(f"{images:,} images are few: below {_FEW:,}, start from public weights, e.g. "
+                     "init=timm:vit_small_patch16_224.dino (downloads them)")  # fmt: skip
     found += of_share(
         "broken",
         len(report["broken"]),

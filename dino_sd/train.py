@@ -194,6 +194,8 @@ def _train(cfg: Config, device: torch.device, requests: Requests, slowed: float 
             judge(start)
         if owes and due.checkpoint(start):
             save(start)  # with the scores that it would have had
+        if start == 0:
+            say(f"training {cfg.model} on {len(source):,} images, {length.steps:,} steps; a line every {cfg.log.every}")
         requests.started = True
         for step in range(start, length.steps):
             t = step / length.steps

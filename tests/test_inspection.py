@@ -141,7 +141,7 @@ def test_bands(tmp_path: Path):
     assert report["range"] == pytest.approx([0, 60000 / 65535])
     assert not_blank(tmp_path / "inspect.png")
     cfg = recipe.load_config("own_images", report["suggestions"]["settings"])
-    assert (cfg.views.global_.size, cfg.views.local.size, cfg.batch_size) == ((48, 80), (24, 40), 6)
+    assert (cfg.views.global_.size, cfg.views.local.size, cfg.batch_size) == ((48, 80), (24, 40), 4)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("LA", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)])

@@ -78,11 +78,10 @@ def eval_batches(
             yield images, labels_B, indices_B
     if bad:
         _, where, reason = bad[0]
+        more = ", ..." if len(bad) > 1 else ""
         if whole and len(bad) == len(share) and world_size == 1:  # of several ranks, others may have seen some
             raise UserError(f"data: no image of '{source.name}' can be read; the first, {where}: {reason}")
-        say(
-            f"warning: {len(bad)} image(s) of '{source.name}' left out, as they cannot be read: {where} ({reason}), ..."
-        )
+        say(f"warning: {len(bad)} image(s) of '{source.name}' left out, cannot be read: {where} ({reason}){more}")
 
 
 def _from_stack(source: Source, chunk: range) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -95,7 +95,8 @@ def masked_batches(
             yield tuple(batch)
     if bad:
         _, where, reason = bad[0]
-        say(f"warning: {len(bad)} image(s) of '{source.name}' left out: {where} ({reason}), ...")
+        more = ", ..." if len(bad) > 1 else ""
+        say(f"warning: {len(bad)} image(s) of '{source.name}' left out: {where} ({reason}){more}")
 
 
 class _Pairs(Dataset):

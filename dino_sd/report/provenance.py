@@ -63,8 +63,8 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     command = about.get("command")
     if isinstance(command, list) and len(command) > 1:
         found.append(("How it was started:", f"{program} {shlex.join(str(part) for part in command[1:])}"))
-    names = {"dino_sd": "dino-sd", "torch": "torch", "torchvision": "torchvision", "timm": "timm"}
-    pins = [shlex.quote(f"{pip}=={about[key]}") for key, pip in names.items() if isinstance(about.get(key), str)]
+    names = [name for name in ("torch", "torchvision", "timm") if isinstance(about.get(name), str)]
+    pins = [shlex.quote(f"{name}=={about[name].partition('+')[0]}") for name in names]  # without a build's "+cu130"
     if pins:
         found.append(("With the same versions:", f"pip install {' '.join(pins)}"))
     if isinstance(about.get("commit"), str):
