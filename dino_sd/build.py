@@ -152,8 +152,8 @@ def make_backbone(cfg: Config, drop_path: float = 0.0, resuming: bool = False) -
     check_sizes(backbone, cfg)
     if init and not pretrained:
         first = first_weights(init)
-        loads = start_from if isinstance(first, Backbone) else load_into
-        for note in loads(backbone, first, init):  # pyright: ignore
+        notes = start_from(backbone, first, init) if isinstance(first, Backbone) else load_into(backbone, first, init)
+        for note in notes:
             say(f"init={init}: {note}")
     return backbone
 
